@@ -1,0 +1,65 @@
+"""The systems under test, and what each of them has to offer: the one contract that check.py knows.
+
+`resolve` turns a name into a System: "runner", "legacy", "transformers", or "path/to/file.py:build" and
+"package.module:build" for anybody's own layer (the contract is in the README, "Bring your own layer").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from harness.errors import unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from harness.case import Case
+    from harness.comm import Communicator
+    from reference.spec import MoESpec, RouterPrecision
+
+NAMES = ("runner", "legacy", "transformers")
+
+
+class Layer(Protocol):
+    """One rank's built layer. Optional attributes: output_unit (float, 1.0), stages() -> dict of the last call."""
+
+    def __call__(self, hidden_states: Tensor, **inputs: Tensor) -> Tensor:
+        """[M, H] -> [M, H], complete on every rank. inputs: modality int64 [M], 1 for images, if the spec has vision."""
+
+
+class System(Protocol):
+    """name: as typed.    foreign: not our code, so it runs on threads in a supervised process."""
+
+    name: str
+    foreign: bool
+
+    def supports(self, case: Case) -> str | None:
+        """None if the system has this layer, else the reason in a few words: the case is then not-applicable."""
+
+    def precision(self, spec: MoESpec) -> RouterPrecision:
+        """Where its router rounds, for the yardstick of the naive runs."""
+
+    def build(self, case: Case, weights: Mapping[str, Tensor], comm: Communicator) -> Layer:
+        """Called once on each rank with the whole weights; the system shards them as it does in life."""
+
+
+def resolve(name: str) -> System:
+    """The system of that name. UsageError if there is none; a foreign file is looked for, but not yet imported."""
+    if name == "runner":
+        from harness.systems.runner import RunnerSystem
+
+        return RunnerSystem()
+    if name == "legacy":
+        from harness.systems.legacy import LegacySystem
+
+        return LegacySystem()
+    if name == "transformers":
+        from harness.systems.hf import TransformersSystem
+
+        return TransformersSystem()
+    if ":" in name:
+        from harness.systems.foreign import ForeignSystem
+
+        return ForeignSystem(name)
+    raise unknown("system", name, NAMES, f"{', '.join(NAMES)}, or your own as path/to/file.py:build")
