@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from harness import models
 from harness.errors import UsageError
@@ -124,9 +125,11 @@ def parse(text: str) -> Case:
     head, plus, tail = text.partition("+")
     model, at, middle = head.partition("@")
     if not model:
-        raise UsageError(f"case {text!r}: it starts with a model, as in mixtral@tp2.bf16.tokens7. See moe-harness models")
-    found: dict[str, object] = {}
-    sizes: dict[str, int] = {}
+        raise UsageError(
+            f"case {text!r}: it starts with a model, as in mixtral@tp2.bf16.tokens7. See moe-harness models"
+        )
+    found: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     for part in middle.split(".") if at else []:
         number = re.fullmatch(r"(tp|ep|dp|sp|tokens|seed)([0-9]+)", part)
         if part in DTYPES:
@@ -147,10 +150,10 @@ def parse(text: str) -> Case:
                 f"case {text!r}: cannot read the part {part!r} after '+'. Expected NAME=VALUE with {', '.join(OPTIONS)}"
             )
         _put(found, name, value, text)
-    return Case(model=model, grid=Grid(**sizes), **found)  # type: ignore[arg-type]
+    return Case(model=model, grid=Grid(**sizes), **found)
 
 
-def _put(found: dict, name: str, value: object, text: str) -> None:
+def _put(found: dict[str, Any], name: str, value: object, text: str) -> None:
     if name in found:
         raise UsageError(f"case {text!r}: {name} is given twice")
     found[name] = value

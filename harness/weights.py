@@ -20,7 +20,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # offset and width by tensor name; everything else is a matrix, whose width follows from the length of its sums
 _VECTORS: dict[str, tuple[float, float]] = {
     "router_bias": (0.0, 0.5),
-    "router_scale": (1.0, 0.5),
     "per_expert_scale": (1.0, 0.5),
     "b13": (0.0, 0.5),
     "b2": (0.0, 1.0),
@@ -77,6 +76,9 @@ def _offset_and_width(spec: MoESpec, name: str, shape: tuple[int, ...]) -> tuple
         return _CORRECTION_OFFSET, _CORRECTION_WIDTH[spec.routing.scoring_func]
     if bare in _VECTORS:
         return _VECTORS[bare]
+    if bare == "router_scale":  # the router multiplies by H**-0.5 as well: about 1 together
+        near_root = 2.0 ** (spec.hidden_size.bit_length() // 2)
+        return near_root, near_root / 2
     summed = shape[-2] if spec.experts.transposed and bare in ("w13", "w2") else shape[-1]
     # results of about unit size: the power of two next below 2 / sqrt(terms), found in integers to be the same everywhere
     exponent = 0

@@ -78,7 +78,7 @@ def forward(
         ]
         back = torch.argsort(torch.cat([text_rows, image_rows]))
         branch = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
-    offset_H = weights.get("fc2_latent_bias", x_MH.new_zeros(spec.hidden_size))
+    offset_H = weights["fc2_latent_bias"] if spec.experts.latent_bias else x_MH.new_zeros(spec.hidden_size)
     shared_MH = shared_experts(x_MH, weights, spec.shared) if spec.shared else torch.zeros_like(x_MH)
     output_MH = spec.scale * (branch["routed_MH"] + branch["zero_MH"]) + offset_H + shared_MH
     return Stages(**branch, shared_MH=shared_MH, offset_H=offset_H, output_MH=output_MH * spec.output.share)
@@ -89,7 +89,8 @@ def _branch(
 ) -> dict[str, Tensor]:
     logits_ME = router_logits(x_MH, weights, routing)
     scores_ME = score(logits_ME, routing)
-    chosen = choice or select_experts(logits_ME, scores_ME, weights.get("e_score_correction_bias"), routing)
+    bias_E = weights["e_score_correction_bias"] if routing.correction_bias else None
+    chosen = choice or select_experts(logits_ME, scores_ME, bias_E, routing)
     ids_MK, weights_MK = chosen.topk_ids_MK, chosen.topk_weights_MK
     if routing.per_expert_scale and choice is None:
         weights_MK = weights_MK * weights["per_expert_scale"][ids_MK]
@@ -127,7 +128,9 @@ def score(logits: Tensor, routing: Routing) -> Tensor:
         case "sigmoid":
             return torch.sigmoid(logits)
         case "sqrtsoftplus":
-            return torch.nn.functional.softplus(logits, threshold=700.0).sqrt()  # the default threshold of 20 is inexact
+            return torch.nn.functional.softplus(
+                logits, threshold=700.0
+            ).sqrt()  # the default threshold of 20 is inexact
         case "sparsemixer":
             return logits
 
@@ -197,8 +200,12 @@ def _sparsemixer(logits_ME: Tensor, width: float) -> Choice:
         picks.append(pick_M1)
         chances.append(torch.softmax(close_ME, -1).gather(1, pick_M1))
         margins.append(_gap(left_ME.sort(-1, descending=True).values, 1))
+        edge_ME = (distance_ME - width).abs() * torch.maximum(
+            logits_ME.abs(), best_M1
+        )  # how near a logit is to the mask
+        margins.append(edge_ME.masked_fill(left_ME == -math.inf, math.inf).amin(-1))
         left_ME = left_ME.scatter(1, pick_M1, -math.inf)
-    return Choice(torch.cat(picks, 1), torch.cat(chances, 1), torch.minimum(*margins))
+    return Choice(torch.cat(picks, 1), torch.cat(chances, 1), torch.stack(margins).amin(0))
 
 
 def _epsilon(routing: Routing) -> float:

@@ -107,13 +107,19 @@ class Routing:
         if self.group_fill not in (0.0, -math.inf):
             raise SpecError(f"group_fill={self.group_fill}: expected -inf or 0.0")
         if self.weight_on == "input" and self.top_k != 1:
-            raise SpecError(f"weight_on='input' needs top_k=1, got top_k={self.top_k}: one input cannot carry two weights")
+            raise SpecError(
+                f"weight_on='input' needs top_k=1, got top_k={self.top_k}: one input cannot carry two weights"
+            )
         if (self.scoring_func == "sparsemixer") != (self.sparsemixer_epsilon is not None):
             raise SpecError("sparsemixer_epsilon is set exactly when scoring_func='sparsemixer'")
         if self.scoring_func == "sparsemixer" and self.top_k != 2:
             raise SpecError(f"scoring_func='sparsemixer' picks exactly 2 experts, got top_k={self.top_k}")
         if self.scoring_func == "sparsemixer" and (self.correction_bias or self.n_group > 1 or self.num_zero_experts):
             raise SpecError("scoring_func='sparsemixer' has neither correction bias, groups nor zero experts")
+        if self.scoring_func == "sparsemixer" and (self.renormalize or self.score_after_topk):
+            raise SpecError(
+                "scoring_func='sparsemixer' scores while it picks: renormalize and score_after_topk stay False"
+            )
 
     @property
     def num_logits(self) -> int:
@@ -235,7 +241,9 @@ class MoESpec:
         if self.vision is not None and (
             self.vision.routing.num_logits != self.routing.num_logits or self.vision.routing.top_k != self.routing.top_k
         ):
-            raise SpecError("both branches need the same num_experts and top_k: their choices are reported as one table")
+            raise SpecError(
+                "both branches need the same num_experts and top_k: their choices are reported as one table"
+            )
         if self.vision is not None and self.vision.routing.scale != self.routing.scale:
             raise SpecError("both branches need the same routed_scaling_factor")
 

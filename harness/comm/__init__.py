@@ -1,43 +1,47 @@
 """Ranks that talk: the communicator a layer receives, the calls it makes on it, and the ledger that records them.
 
-A group is a set of ranks with a name; "size" counts ranks. Collectives take and return tensors, nothing is changed in
-place. `simulated.py` runs all ranks of a grid in this process, in lock step.
+A group is a set of ranks with a name; "size" counts ranks. Collectives take and return tensors: nothing is changed in
+place, every rank gets memory of its own, and no gradient flows through. `simulated.run_ranks` runs all ranks of a grid
+in this process, in lock step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+_ARGUMENT = {"all_gather": "dim", "reduce_scatter": "dim", "broadcast": "source"}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Call:
-    """One rank's part in a collective. argument: dim of all_gather and reduce_scatter, source of broadcast.
+class Call(NamedTuple):
+    """One rank's part in a collective; a tuple, because a case makes many and frozen dataclasses cost three times that.
 
-    index counts the calls of this rank on this group from 0.
+    argument: dim of all_gather and reduce_scatter, source of broadcast, else 0.
+    number counts the calls of this rank on this group from 0.
     """
 
     rank: int
     group: Group
-    index: int
+    number: int
     op: str
     tensors: tuple[Tensor, ...]
     argument: int
 
     def __str__(self) -> str:
         shapes = ", ".join(tensor_text(tensor) for tensor in self.tensors)
-        extra = {"all_gather": "dim", "reduce_scatter": "dim", "broadcast": "source"}.get(self.op)
-        return f"{self.op}({shapes}{f', {extra}={self.argument}' if extra and self.argument else ''})"
+        return f"{self.op}({shapes}{f', {_ARGUMENT[self.op]}={self.argument}' if self.argument else ''})"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A collective that took place, as the ledger of one rank holds it."""
+class Entry(NamedTuple):
+    """A collective that took place, as the ledger of one rank holds it.
+
+    dtype, shape: of the tensor this rank gave; of all_to_all, of the first.
+    """
 
     group: str
     op: str
@@ -51,7 +55,8 @@ class Group:
     """The ranks that share a name in the grid, as one of them sees it.
 
     name: "tp", "ep", "dp".    ranks: global numbers.    rank: this one's place among them.    size: how many they are.
-    post: hands a call to the scheduler and returns this rank's result; groups of one rank never call it.
+    post: hands a call to the scheduler and returns this rank's result, also in groups of one rank.
+    calls: how many collectives this rank has called here.
     """
 
     name: str
@@ -73,15 +78,15 @@ class Group:
         return self._collect("all_gather", (tensor,), dim)[0]
 
     def reduce_scatter(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """This rank's equal share, along dim, of the sum over the group."""
+        """This rank's equal share, along dim, of the sum over the group. UsageError if dim has no equal shares."""
         return self._collect("reduce_scatter", (tensor,), dim)[0]
 
     def all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sends tensors[i] to rank i of the group, returns what each rank sent here, in rank order."""
+        """Sends tensors[i] to rank i of the group, returns what each rank sent here, in rank order; any shapes."""
         return list(self._collect("all_to_all", tuple(tensors), 0))
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """The tensor of the group's rank `source`, on every rank."""
+        """The tensor of the group's rank `source` on every rank; the others give one of its shape and dtype."""
         return self._collect("broadcast", (tensor,), source)[0]
 
     def _collect(self, op: str, tensors: tuple[Tensor, ...], argument: int) -> tuple[Tensor, ...]:
@@ -119,9 +124,13 @@ class Communicator:
         return self.tp.broadcast(tensor, source)
 
 
+def dtype_text(dtype: torch.dtype) -> str:
+    """'bf16' for torch.bfloat16, 'int64' for torch.int64."""
+    return _SHORT.get(dtype) or str(dtype).removeprefix("torch.")
+
+
 def tensor_text(tensor: object) -> str:
     """'fp32[7, 64]' for a tensor, the type's name for anything else."""
     if not isinstance(tensor, Tensor):
         return type(tensor).__name__
-    dtype = _SHORT.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-    return f"{dtype}{list(tensor.shape)}"
+    return f"{dtype_text(tensor.dtype)}{list(tensor.shape)}"

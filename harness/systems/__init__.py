@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from harness.errors import unknown
@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 NAMES = ("runner", "legacy", "transformers")
 
 
-class Layer(Protocol):
-    """One rank's built layer. Optional attributes: output_unit (float, 1.0), stages() -> dict of the last call."""
-
-    def __call__(self, hidden_states: Tensor, **inputs: Tensor) -> Tensor:
-        """[M, H] -> [M, H], complete on every rank. inputs: modality int64 [M], 1 for images, if the spec has vision."""
+# One rank's built layer: hidden states [M, H] -> [M, H], complete on every rank; modality=int64 [M], 1 for images, is
+# passed where the spec has a vision branch. Optional attributes: output_unit (float, 1.0), stages() -> dict of the last
+# call, plan (a dataclass that explain prints).
+Layer = Callable[..., "Tensor"]
 
 
 class System(Protocol):
@@ -44,6 +43,12 @@ class System(Protocol):
         """Called once on each rank with the whole weights; the system shards them as it does in life."""
 
 
+def check_name(name: str) -> None:
+    """UsageError unless `name` can be resolved; imports neither torch nor the system."""
+    if name not in NAMES:
+        resolve(name)
+
+
 def resolve(name: str) -> System:
     """The system of that name. UsageError if there is none; a foreign file is looked for, but not yet imported."""
     if name == "runner":
@@ -58,8 +63,12 @@ def resolve(name: str) -> System:
         from harness.systems.hf import TransformersSystem
 
         return TransformersSystem()
-    if ":" in name:
-        from harness.systems.foreign import ForeignSystem
+    from harness.systems.foreign import ForeignSystem, installed, installed_names
 
+    if ":" in name:
         return ForeignSystem(name)
-    raise unknown("system", name, NAMES, f"{', '.join(NAMES)}, or your own as path/to/file.py:build")
+    plugin = installed(name)
+    if plugin is None:
+        listing = f"{', '.join((*NAMES, *installed_names()))}, or your own as path/to/file.py:build"
+        raise unknown("system", name, (*NAMES, *installed_names()), listing)
+    return plugin

@@ -1,0 +1,157 @@
+"""Speed of the harness on this machine, each figure beside its limit. Nothing here is a test: machines differ.
+
+`checks_per_second` counts whole fp32 checks at twin size on one core: oracle, both naive runs, all ranks, comparison.
+"cold" computes the oracle anew for each check; "shared" keeps it for the checks of one model and M, as a matrix does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+MIB = 2**20
+_COMMAND = (sys.executable, "-m", "harness")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """limit: what the project asks of itself, None where it asks nothing.    at_least: the limit is a lower one."""
+
+    name: str
+    value: float
+    unit: str
+    limit: float | None
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool | None:
+        if self.limit is None:
+            return None
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+def bench(*, as_json: bool) -> int:
+    """Measure and print every figure; the exit code is 0 whatever they are."""
+    for figure in _figures():
+        if as_json:
+            print(json.dumps(asdict(figure) | {"met": figure.met}), flush=True)
+            continue
+        limit = (
+            ""
+            if figure.limit is None
+            else f"   {'at least' if figure.at_least else 'at most'} {figure.limit:g} {figure.unit}"
+        )
+        verdict = {True: "", False: "   MISSED", None: ""}[figure.met]
+        print(f"{figure.name:<48}{figure.value:>10.4g} {figure.unit}{limit}{verdict}", flush=True)
+    return 0
+
+
+def _figures() -> Iterator[Measured]:
+    yield Measured("--help", _seconds("--help"), "s", 0.2)
+    yield Measured("models", _seconds("models"), "s", 0.2)
+    yield from _checks()
+    yield from _collectives()
+    seconds, memory, cases = _main_job()
+    yield Measured("main job, wall time with imports", seconds, "s", 15.0)
+    yield Measured("main job, cases", cases, "cases", None)
+    yield Measured("main job, peak memory of all processes", memory / MIB, "MiB", 1024.0)
+
+
+def _seconds(*arguments: str) -> float:
+    """Median of five runs of a whole command."""
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([*_COMMAND, *arguments], stdout=subprocess.DEVNULL, check=True)
+        times.append(time.perf_counter() - started)
+    return sorted(times)[2]
+
+
+def _checks() -> Iterator[Measured]:
+    import torch
+
+    from harness import models, problem
+    from harness.case import Case, Grid
+    from harness.check import check
+    from harness.finding import Verdict
+    from harness.selection import TOKENS, TP_SIZES
+    from harness.systems import resolve
+
+    torch.set_num_threads(1)
+    runner = resolve("runner")
+    cases = [Case(model=name, tokens=m, grid=Grid(tp=tp)) for name in models.names() for m in TOKENS for tp in TP_SIZES]
+
+    def rate(before_each: Callable[[], None]) -> float:
+        spent = 0.0
+        for case in cases:
+            before_each()
+            started = time.perf_counter()
+            finding = check(case, runner)
+            spent += time.perf_counter() - started
+            assert finding.verdict is Verdict.OK, finding
+        return len(cases) / spent
+
+    rate(lambda: None)  # the weights are made once and belong to no check
+    yield Measured("checks_per_second, fp32, one core, cold", rate(problem.forget_oracle), "/s", 600.0, True)
+    problem.forget_oracle()
+    yield Measured("checks_per_second, fp32, one core, shared", rate(lambda: None), "/s", None)
+
+
+def _collectives() -> Iterator[Measured]:
+    import torch
+
+    from harness.case import Grid
+    from harness.comm import Communicator
+    from harness.comm.simulated import run_ranks
+
+    tensor, repeats = torch.ones(7, 64), 200
+
+    def body(comm: Communicator) -> None:
+        for _ in range(repeats):
+            comm.all_reduce(tensor)
+
+    for threads, name in ((False, "greenlets"), (True, "threads")):
+        for tp in (2, 4, 8):
+            run_ranks(Grid(tp=tp), body, threads=threads)
+            started = time.perf_counter()
+            run_ranks(Grid(tp=tp), body, threads=threads)
+            spent = time.perf_counter() - started
+            yield Measured(f"all_reduce of 7 x 64, tp {tp}, {name}", spent / repeats * 1e6, "us", None)
+
+
+def _main_job() -> tuple[float, int, int]:
+    """Seconds, peak bytes and cases of `check`. Memory is the proportional share of all its processes together."""
+    started = time.perf_counter()
+    process = subprocess.Popen([*_COMMAND, "check", "--json"], stdout=subprocess.PIPE, text=True)
+    peak = 0
+    assert process.stdout is not None
+    lines = 0
+    os.set_blocking(process.stdout.fileno(), False)
+    while process.poll() is None:
+        peak = max(peak, _tree_bytes(process.pid))
+        lines += (process.stdout.read() or "").count("\n")
+        time.sleep(0.05)
+    spent = time.perf_counter() - started
+    lines += (process.stdout.read() or "").count("\n")
+    return spent, peak, lines
+
+
+def _tree_bytes(root: int) -> int:
+    """Proportional set size of a process and its descendants; 0 where /proc does not tell it."""
+    total, waiting = 0, [root]
+    while waiting:
+        pid = waiting.pop()
+        try:
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                waiting += map(int, (task / "children").read_text().split())
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
+    return total

@@ -1,0 +1,202 @@
+"""The command line: parse, call, exit code. No arithmetic, and no import of torch before a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from harness import __version__
+from harness.case import DTYPES, OPTIONS, parse
+from harness.errors import HarnessError, UsageError
+
+SYSTEM_HELP = "runner, legacy, transformers, or your own: path/to/file.py:build or package.module:build"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 well, 1 mismatch, 2 wrong usage, 3 something could not run."""
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+        return int(arguments.verb(arguments))
+    except HarnessError as error:
+        first, *rest = str(error).splitlines() or [""]
+        print(f"moe-harness: {first}", *(f"  {line}" for line in rest), sep="\n", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("moe-harness: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left, as `| head` does
+        return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UsageError(f"{message}. See {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="moe-harness", description="Puts any Mixture-of-Experts layer beside an independent oracle.")
+    parser.add_argument("--version", action="version", version=f"moe-harness {__version__}")
+    parser.set_defaults(verb=lambda _: _no_verb(parser))
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", parser_class=_Parser)
+    _check_parser(verbs)
+    _models_parser(verbs)
+    _explain_parser(verbs)
+    _bench_parser(verbs)
+    return parser
+
+
+def _no_verb(parser: argparse.ArgumentParser) -> int:
+    parser.print_help(sys.stderr)
+    return UsageError.exit_code
+
+
+def _check_parser(verbs: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    check = verbs.add_parser(
+        "check", help="the main job: every model and grid against the oracle; or one case, or a part of it"
+    )
+    check.add_argument(
+        "cases", nargs="*", metavar="CASE", help="deepseek_v3@tp4.bf16.tokens7.seed42+scale=output; see docs/cases.md"
+    )
+    check.add_argument("--system", type=_words, action="extend", help=SYSTEM_HELP)
+    check.add_argument("--model", type=_words, help="model types, joined by commas; moe-harness models lists them")
+    for name in ("tp", "ep", "dp", "sp"):
+        check.add_argument(f"--{name}", type=_numbers(name), help="sizes, as in 1,2,4")
+    check.add_argument("--dtype", type=_words, help=", ".join(DTYPES))
+    check.add_argument("--tokens", type=_numbers("tokens"), help="rows of the input, as in 0,1,7,33")
+    check.add_argument("--seed", type=_numbers("seed"), help="seeds of weights and tokens")
+    for name, (values, what) in OPTIONS.items():
+        check.add_argument(f"--{name}", type=_words, help=f"{what}: {', '.join(values)}")
+    check.add_argument(
+        "--json", action="store_true", help="one JSON object a finding on stdout, and nothing else there"
+    )
+    check.add_argument(
+        "--jobs", type=_count("jobs"), default=None, help="worker processes (default: one a core); 0 runs in this one"
+    )
+    check.add_argument(
+        "--limit", type=float, default=10.0, help="seconds a single case may take before its layer counts as hung"
+    )
+    check.set_defaults(verb=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from harness import campaign, selection
+    from harness.finding import Finding, exit_code
+    from harness.report import jsonl, table
+    from harness.report.progress import Progress
+    from harness.systems import check_name
+
+    systems = tuple(arguments.system) if arguments.system else None
+    for name in systems or ():
+        check_name(name)
+    request = selection.Request(
+        systems=systems, models=_known_models(arguments.model), tp=arguments.tp, ep=arguments.ep, dp=arguments.dp, sp=arguments.sp,
+        dtypes=arguments.dtype, tokens=arguments.tokens, seeds=arguments.seed,
+        options=tuple((name, getattr(arguments, name)) for name in OPTIONS if getattr(arguments, name)),
+    )  # fmt: skip
+    if arguments.cases:
+        if not request.is_main_job:
+            raise UsageError("name cases or select them with --model, --tp, ..., not both: a case says all of it")
+        batches = selection.of_cases([parse(text) for text in arguments.cases], systems)
+    else:
+        batches = selection.select(request)
+    if arguments.limit <= 0:
+        raise UsageError(f"--limit {arguments.limit:g}: expected seconds above 0")
+    jobs = arguments.jobs if arguments.jobs is not None else min(os.cpu_count() or 1, len(batches))
+    with Progress(sum(len(batch.cases) for batch in batches)) as progress:
+
+        def tell(finding: Finding) -> None:
+            progress.advance(finding)
+            if arguments.json:
+                print(jsonl.line(finding), flush=sys.stdout.isatty())
+
+        report = campaign.run(batches, jobs=jobs, limit_s=arguments.limit, on_finding=tell)
+    if not arguments.json:
+        table.show(report, progress.console_for(sys.stdout))
+    return exit_code(finding.verdict for finding in report.findings)
+
+
+def _models_parser(verbs: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    listing = verbs.add_parser(
+        "models", help="the configurations: shapes, routing rule, scale, shared experts, sources"
+    )
+    listing.add_argument("names", nargs="*", metavar="MODEL", help="show whole pages instead of the table")
+    listing.add_argument("--json", action="store_true", help="one JSON object a model")
+    listing.set_defaults(verb=_models)
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from harness.report import pages
+
+    print(pages.text(_known_models(arguments.names) or None, as_json=arguments.json))
+    return 0
+
+
+def _explain_parser(verbs: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    explain = verbs.add_parser(
+        "explain", help="one case in full: plan, stages, margins, errors, attribution, collectives"
+    )
+    explain.add_argument("case", metavar="CASE")
+    explain.add_argument("--system", default="runner", help=SYSTEM_HELP)
+    explain.set_defaults(verb=_explain)
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from harness.systems import check_name
+
+    check_name(arguments.system)
+    case = parse(arguments.case)
+    from harness.explain import explain
+
+    return explain(case, arguments.system, sys.stdout)
+
+
+def _bench_parser(verbs: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    bench = verbs.add_parser("bench", help="speed of the harness, measured on this machine, beside its limits")
+    bench.add_argument("--json", action="store_true", help="one JSON object a figure")
+    bench.set_defaults(verb=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from harness.bench import bench
+
+    return bench(as_json=arguments.json)
+
+
+def _known_models(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    from harness import models
+
+    for name in names or ():
+        models.load(name)
+    return tuple(names) if names else None
+
+
+def _words(text: str) -> tuple[str, ...]:
+    words = tuple(word.strip() for word in text.split(",") if word.strip())
+    if not words:
+        raise UsageError(f"{text!r} names nothing: expected one name or more, joined by commas")
+    return words
+
+
+def _numbers(name: str) -> Callable[[str], tuple[int, ...]]:
+    def read(text: str) -> tuple[int, ...]:
+        try:
+            return tuple(int(word) for word in _words(text))
+        except ValueError:
+            raise UsageError(
+                f"--{name} {text}: expected whole numbers joined by commas, as in --{name} 1,2,4"
+            ) from None
+
+    return read
+
+
+def _count(name: str) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) > 256:
+            raise UsageError(f"--{name} {text}: expected a whole number from 0 to 256")
+        return int(text)
+
+    return read

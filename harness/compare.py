@@ -1,0 +1,121 @@
+"""Is an output within rounding of the law? The row rule, and for near ties the list of legal routes.
+
+A row is wrong if its error exceeds RUN_LIMIT times that of the worse naive run *and* DEVIATION_LIMIT times the standard
+deviation that the error analysis expects. Rows past the first limit whose choice of experts was a near tie are compared
+with every legal choice instead. Both limits are measured: docs/tolerance.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from reference.routes import legal_routes
+from torch import Tensor
+
+from harness.problem import Problem
+from reference.moe import Choice, forward
+from reference.rounding import analyse, router_error
+from reference.spec import RouterPrecision
+
+RUN_LIMIT = 2.5
+DEVIATION_LIMIT = 1.5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """wrong_RM, undecided_RM: bool [ranks, M].    ratio: the largest row error in units of the worse naive run.
+
+    deviations, bound: the same in units of the expected deviation and of the certified bound; None while no row passed
+    the first limit, since they are dear.    ties: rows that were right on another legal choice of experts.
+    """
+
+    wrong_RM: Tensor
+    undecided_RM: Tensor
+    ratio: float
+    deviations: float | None
+    bound: float | None
+    ties: int
+
+    @property
+    def wrong(self) -> bool:
+        return bool(self.wrong_RM.any())
+
+    @property
+    def undecided(self) -> bool:
+        return bool(self.undecided_RM.any())
+
+    def figures(self) -> dict[str, object]:
+        told: dict[str, object] = {"row_error_over_naive": _short(self.ratio), "limit": RUN_LIMIT}
+        if self.deviations is not None and self.bound is not None:
+            told |= {"row_error_over_deviation": _short(self.deviations), "deviation_limit": DEVIATION_LIMIT}
+            told["error_over_certified_bound"] = _short(self.bound)
+            told |= {"wrong_rows": int(self.wrong_RM.any(0).sum()), "rows": self.wrong_RM.shape[1]}
+        if self.ties:
+            told["rows_on_another_legal_route"] = self.ties
+        return told
+
+
+def compare(given: Problem, outputs: Sequence[Tensor], unit: float, tp: int, precision: RouterPrecision) -> Comparison:
+    """Compare what each rank returned with y * unit.
+
+    outputs: one [M, H] for each rank, in the dtype of the problem.    unit: 1, or what the layer declared.
+    """
+    found_RMH = torch.stack(list(outputs)).double() / unit
+    error_RM = (found_RMH - given.stages.output_MH).norm(dim=-1)
+    naive_M = given.naive_error(tp, precision)
+    beyond_RM = ~(error_RM <= RUN_LIMIT * naive_M)  # the negation also catches NaN
+    undecided_RM = torch.zeros_like(beyond_RM)
+    if not beyond_RM.any():
+        return Comparison(beyond_RM, undecided_RM, _largest(error_RM, naive_M), None, None, 0)
+    rows = beyond_RM.any(0).nonzero()[:, 0]
+    x_MH, is_vision = given.tokens.hidden_states, given.tokens.is_vision
+    rounding = analyse(given.spec, given.weights, x_MH, given.stages, tp, precision, is_vision, rows)
+    deviation_M = torch.full_like(naive_M, torch.inf).index_copy(0, rows, rounding.deviation_M)
+    wrong_RM = beyond_RM & ~(error_RM <= DEVIATION_LIMIT * deviation_M)
+    miss = (found_RMH[:, rows] - given.stages.output_MH[rows]).abs() / rounding.bound_MH
+    ties = 0
+    for row in wrong_RM.any(0).nonzero()[:, 0].tolist():
+        allowed = max(RUN_LIMIT * float(naive_M[row]), DEVIATION_LIMIT * float(deviation_M[row]))
+        nearest = _nearest_route(given, row, found_RMH[:, row], precision)
+        if nearest is None:
+            undecided_RM[:, row], wrong_RM[:, row] = wrong_RM[:, row], False
+        elif bool((nearest <= allowed).all()):
+            wrong_RM[:, row], ties = False, ties + 1
+    return Comparison(
+        wrong_RM, undecided_RM, _largest(error_RM, naive_M), _largest(error_RM, deviation_M), float(miss.amax()), ties
+    )
+
+
+def _nearest_route(given: Problem, row: int, found_RH: Tensor, precision: RouterPrecision) -> Tensor | None:
+    """Each rank's distance to the nearest legal output of that token, [ranks]; None if there are too many to list."""
+    spec, weights = given.spec, given.weights
+    x_1H, is_vision = given.tokens.hidden_states[row : row + 1], _rows(given.tokens.is_vision, slice(row, row + 1))
+    routing, prefix = spec.routing, ""
+    if spec.vision is not None and is_vision is not None and bool(is_vision[0]):
+        routing, prefix = spec.vision.routing, "vision_"
+    delta_1E = router_error(spec, weights, x_1H, precision, is_vision)
+    routes: list[Choice] | None = legal_routes(
+        routing, given.stages.logits_ME[row : row + 1], weights.get(prefix + "e_score_correction_bias"), delta_1E,
+        weights.get(prefix + "per_expert_scale"),
+    )  # fmt: skip
+    if routes is None:
+        return None
+    outputs = [forward(spec, weights, x_1H, is_vision_M=is_vision, choice=route).output_MH for route in routes]
+    return torch.stack([(found_RH - output).norm(dim=-1) for output in outputs]).amin(0)
+
+
+def _largest(error_RM: Tensor, unit_M: Tensor) -> float:
+    """The largest ratio, where an error of exactly 0 counts as 0 whatever the unit."""
+    if error_RM.numel() == 0:
+        return 0.0
+    return float(torch.where(error_RM == 0, 0.0, error_RM / unit_M).amax())
+
+
+def _rows(tensor: Tensor | None, rows: Tensor | slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -1,0 +1,97 @@
+"""Runs a system on all ranks of a case and keeps what each of them did: steps 5 to 7 of a check.
+
+Nothing here judges numbers; what a layer may never do (another shape, dtype or type, its input changed, a raise) is told.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.case import Case
+from harness.comm import Communicator, Entry, tensor_text
+from harness.comm.simulated import run_ranks
+from harness.errors import CollectiveMismatch, CouldNotRun, UsageError, ranks_text
+from harness.problem import Problem
+from harness.systems import System
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankOutput:
+    """output: [M, H].    unit: the layer returned y * unit.    broken: what the call did that no layer may, or None.
+
+    stages, plan: what the layer tells of the call, for explain.
+    """
+
+    output: Tensor
+    unit: float
+    broken: str | None
+    stages: Mapping[str, Tensor]
+    plan: object | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """broken: (stage, sentence) if the run gave no outputs that could be compared, else None."""
+
+    ranks: tuple[RankOutput, ...]
+    ledger: tuple[tuple[Entry, ...], ...]
+    broken: tuple[str, str] | None
+
+
+class _CallFailed(Exception):
+    """A layer's forward raised; building it had gone well."""
+
+
+def run_system(case: Case, system: System, given: Problem) -> Run:
+    """Build the layer on each rank and call it once. Raises CouldNotRun if importing or building fails."""
+    inputs = {} if given.tokens.is_vision is None else {"modality": given.tokens.is_vision.long()}
+
+    def rank_body(comm: Communicator) -> RankOutput:
+        layer = system.build(case, dict(given.weights) if system.foreign else given.weights, comm)
+        x_MH = given.tokens.hidden_states.clone()
+        try:
+            output = layer(x_MH, **inputs)
+        except Exception as error:
+            raise _CallFailed(f"{_told(error)} in forward") from error
+        unit = float(getattr(layer, "output_unit", 1.0))
+        stages = layer.stages() if hasattr(layer, "stages") else {}
+        broken = _broken(output, x_MH, given.tokens.hidden_states)
+        return RankOutput(output, unit, broken, stages, getattr(layer, "plan", None))
+
+    with torch.inference_mode():
+        ranks = run_ranks(case.grid, rank_body, threads=system.foreign)
+    if ranks.failure is None:
+        broken = [f"{ranks_text([r])}: {out.broken}" for r, out in enumerate(ranks.results) if out.broken]
+        return Run(tuple(ranks.results), ranks.ledger, ("call", "; ".join(broken)) if broken else None)
+    return Run((), ranks.ledger, _failure(ranks.failure))
+
+
+def _failure(failure: BaseException) -> tuple[str, str]:
+    if isinstance(failure, CollectiveMismatch):
+        return "collectives", str(failure)
+    if isinstance(failure, (_CallFailed, UsageError)):
+        return "call", str(failure)
+    raise failure if isinstance(failure, CouldNotRun) else CouldNotRun(f"{_told(failure)} while it was built")
+
+
+def _broken(output: object, x_MH: Tensor, given_MH: Tensor) -> str | None:
+    if not isinstance(output, Tensor):
+        return f"forward returned {tensor_text(output)}, expected {tensor_text(given_MH)}"
+    if output.shape != given_MH.shape or output.dtype != given_MH.dtype:
+        return f"forward returned {tensor_text(output)}, expected {tensor_text(given_MH)}"
+    if not torch.equal(x_MH, given_MH):
+        return "forward changed its input in place; the caller still needs the hidden states for its residual"
+    return None
+
+
+def _told(error: BaseException) -> str:
+    """'ValueError: text (file.py:12)' with the innermost line that is not torch's."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    where = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line}{where}"

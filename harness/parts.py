@@ -1,0 +1,104 @@
+"""The output of a layer taken apart in float64: who contributes what before anybody scales or reduces.
+
+Every part is the oracle's own forward with all other weights at zero, so this file knows no formula. Parts without a
+rank are held in copy by all of them: a bias that each rank adds counts tp times.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.problem import Problem
+from reference.moe import Choice, forward
+from reference.spec import MoESpec
+
+# what each part is called in a formula
+LETTERS = {
+    "routed": "R", "shared": "S", "zero": "Z", "expert bias": "B", "latent bias": "b", "shared bias": "c",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """value_MH: what this part adds to y if it counts once, unscaled.    shard: the rank that holds it, None if all do.
+
+    scaled: whether the law multiplies it by s.
+    """
+
+    name: str
+    shard: int | None
+    value_MH: Tensor
+    scaled: bool
+
+
+@functools.lru_cache(maxsize=16)
+def parts(given: Problem, tp: int) -> tuple[Part, ...]:
+    """All parts of y that are not zero everywhere; y = sum of (s if scaled else 1) * value, times the output's share."""
+    spec, stages = given.spec, given.stages
+    choice = Choice(stages.topk_ids_MK, stages.topk_weights_MK, stages.margin_M)
+    found: list[Part] = []
+    for shard in range(tp):
+        only = _Weights(spec, given.weights).keep_columns(shard, tp)
+        routed = _forward(given, only.without("b2", "fc2_latent_bias", "shared_w2", "shared_b2"), choice).routed_MH
+        found.append(Part("routed", shard, routed, True))
+        if spec.shared is not None:
+            shared = _forward(given, only.without("shared_b2"), choice).shared_MH
+            found.append(Part("shared", shard, shared, False))
+    found.append(Part("zero", None, stages.zero_MH, True))
+    everything = _Weights(spec, given.weights)
+    if spec.experts.bias:
+        bias = _forward(given, everything.without("w2", "fc2_latent_bias"), choice).routed_MH
+        found.append(Part("expert bias", None, bias, True))
+    if spec.experts.latent_bias:
+        found.append(Part("latent bias", None, stages.offset_H.expand_as(stages.output_MH), False))
+    if spec.shared is not None and spec.shared.bias:
+        found.append(
+            Part("shared bias", None, _forward(given, everything.without("shared_w2"), choice).shared_MH, False)
+        )
+    return tuple(part for part in found if bool(part.value_MH.any()))
+
+
+@functools.lru_cache(maxsize=4)
+def expert_parts(given: Problem) -> tuple[Tensor, ...]:
+    """R of each expert alone, [M, H] each, for specs without a vision branch."""
+    stages = given.stages
+    alone = []
+    for e in range(given.spec.routing.num_experts):
+        weights_MK = stages.topk_weights_MK * (stages.topk_ids_MK == e)
+        alone.append(_forward(given, given.weights, Choice(stages.topk_ids_MK, weights_MK, stages.margin_M)).routed_MH)
+    return tuple(alone)
+
+
+def _forward(given: Problem, weights: Mapping[str, Tensor], choice: Choice):  # type: ignore[no-untyped-def]
+    x_MH, is_vision = given.tokens.hidden_states, given.tokens.is_vision
+    return forward(given.spec, weights, x_MH, is_vision_M=is_vision, choice=choice)
+
+
+class _Weights:
+    """The stored weights with some of them at zero."""
+
+    def __init__(self, spec: MoESpec, stored: Mapping[str, Tensor]) -> None:
+        self._spec, self._stored = spec, dict(stored)
+
+    def without(self, *names: str) -> dict[str, Tensor]:
+        """Zeros for the tensors of these names, those of the vision branch included."""
+        return {n: torch.zeros_like(t) if n.removeprefix("vision_") in names else t for n, t in self._stored.items()}
+
+    def keep_columns(self, rank: int, tp: int) -> _Weights:
+        """Zero in w2 and shared_w2 all columns but those that rank holds."""
+        kept = dict(self._stored)
+        for name, tensor in self._stored.items():
+            bare = name.removeprefix("vision_")
+            if bare not in ("w2", "shared_w2"):
+                continue
+            transposed = bare == "w2" and self._spec.experts.transposed
+            dim = tensor.dim() - (2 if transposed else 1)
+            share = tensor.shape[dim] // tp
+            kept[name] = torch.zeros_like(tensor)
+            kept[name].narrow(dim, rank * share, share).copy_(tensor.narrow(dim, rank * share, share))
+        return _Weights(self._spec, kept)

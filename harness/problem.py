@@ -1,0 +1,70 @@
+"""The inputs of a case and what the oracle makes of them, kept for the cases that share them.
+
+Systems, grids and options of a case change none of this, so a matrix computes it once for each model, dtype and M.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.case import Case
+from harness.weights import DTYPES, Tokens, make_tokens, make_weights
+from reference.moe import Stages, forward
+from reference.naive import naive
+from reference.spec import MoESpec, RouterPrecision
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """spec, the weights as stored, the tokens, and the oracle's stages. Nobody may write into them."""
+
+    spec: MoESpec
+    dtype: torch.dtype
+    weights: dict[str, Tensor]
+    tokens: Tokens
+    stages: Stages
+
+    def naive_error(self, tp: int, precision: RouterPrecision) -> Tensor:
+        """float64 [M]: the larger row error (L2) of the two naive runs, the unit in which a system's error is read."""
+        return _naive_error(self, tp, precision)
+
+
+def problem(case: Case) -> Problem:
+    """The problem of a case; cases that differ in system, grid or placement share one."""
+    return _problem(case.spec, case.dtype, case.tokens, case.seed)
+
+
+# Twins take 0.2 MB a dtype; the sizes cover the cases of one model, so a matrix that goes model by model misses once.
+@functools.lru_cache(maxsize=24)
+def _problem(spec: MoESpec, dtype: str, tokens: int, seed: int) -> Problem:
+    with torch.inference_mode():
+        weights = _weights(spec, dtype, seed)
+        rows = make_tokens(spec, tokens, seed, DTYPES[dtype])
+        stages = forward(spec, weights, rows.hidden_states, is_vision_M=rows.is_vision)
+    return Problem(spec, DTYPES[dtype], weights, rows, stages)
+
+
+@functools.lru_cache(maxsize=6)
+def _weights(spec: MoESpec, dtype: str, seed: int) -> dict[str, Tensor]:
+    if dtype == "fp32":
+        return make_weights(spec, seed, DTYPES[dtype])
+    exact = _weights(spec, "fp32", seed)
+    return {name: t if name.endswith("e_score_correction_bias") else t.to(DTYPES[dtype]) for name, t in exact.items()}
+
+
+@functools.lru_cache(maxsize=128)
+def _naive_error(given: Problem, tp: int, precision: RouterPrecision) -> Tensor:
+    with torch.inference_mode():
+        x_MH, is_vision_M = given.tokens.hidden_states, given.tokens.is_vision
+        runs = naive(given.spec, given.weights, x_MH, given.stages, tp, precision, is_vision_M)
+        return (torch.stack(runs).double() - given.stages.output_MH).norm(dim=-1).amax(0)
+
+
+def forget_oracle() -> None:
+    """Drop what the oracle and the naive runs computed; the weights stay. For benchmarks."""
+    _problem.cache_clear()
+    _naive_error.cache_clear()

@@ -1,0 +1,131 @@
+"""The table a person reads: model by system and tp, then one line for each cause, then what was not covered."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from harness import models
+from harness.campaign import Report
+from harness.case import Case, parse
+from harness.finding import Finding, Verdict
+
+_STYLE = {
+    Verdict.MISMATCH: ("✗", "bold red"),
+    Verdict.COULD_NOT_RUN: ("?", "bold yellow"),
+    Verdict.UNDECIDED: ("~", "yellow"),
+    Verdict.KNOWN: ("k", "cyan"),
+}
+_REASON = {"evaluated": "PR #35949", "ours": "our 17th", "rewritten": "rewritten"}
+MAX_LINES = 40
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the whole report; on a narrow console rows stay whole and the table wraps its cells."""
+    pairs = [(parse(finding.case), finding) for finding in report.findings]
+    console.print(_table(pairs))
+    console.print(_legend(report.findings))
+    for verdict in (Verdict.MISMATCH, Verdict.COULD_NOT_RUN, Verdict.UNDECIDED, Verdict.KNOWN):
+        _lines(verdict, report.findings, console)
+    _not_applicable(report.findings, console)
+    counts = Counter(finding.verdict for finding in report.findings)
+    told = ", ".join(
+        f"{counts[verdict]} {verdict}"
+        for verdict in Verdict
+        if counts[verdict] or verdict in (Verdict.OK, Verdict.MISMATCH)
+    )
+    console.print(
+        f"{len(report.findings)} cases, {len(report.findings)} findings: {told}; {report.seconds:.1f} s",
+        highlight=False,
+    )
+
+
+def _table(pairs: Sequence[tuple[Case, Finding]]) -> Table:
+    columns = sorted({(finding.system, case.grid.tp) for case, finding in pairs}, key=_column_order)
+    cells: dict[tuple[str, str], dict[tuple[str, int], list[Verdict]]] = defaultdict(lambda: defaultdict(list))
+    for case, finding in pairs:
+        cells[case.model, case.size][finding.system, case.grid.tp].append(finding.verdict)
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
+    table.add_column("model", no_wrap=True)
+    table.add_column("listed", no_wrap=True)
+    for index, (system, tp) in enumerate(columns):
+        first = index == 0 or columns[index - 1][0] != system
+        table.add_column(f"{_short(system) if first else ''}\ntp{tp}", justify="right", no_wrap=True)
+    for (model, size), row in sorted(cells.items(), key=lambda item: _row_order(*item[0])):
+        name = model if size == "twin" else f"{model} ({size})"
+        table.add_row(name, _REASON[models.load(model).reason], *(_cell(row[column]) for column in columns))
+    return table
+
+
+def _cell(verdicts: Sequence[Verdict]) -> Text:
+    """The number of right cases, then the number of each other verdict with its sign."""
+    counts = Counter(verdicts)
+    if not verdicts or counts[Verdict.NOT_APPLICABLE] == len(verdicts):
+        return Text("-", style="dim")
+    text = Text(str(counts[Verdict.OK]), style="green" if counts[Verdict.OK] else "dim")
+    for verdict, (sign, style) in _STYLE.items():
+        if counts[verdict]:
+            text.append(f" {counts[verdict]}{sign}", style=style)
+    return text
+
+
+def _legend(findings: Iterable[Finding]) -> Text:
+    seen = {finding.verdict for finding in findings}
+    signs = [f"{sign} {verdict}" for verdict, (sign, _) in _STYLE.items() if verdict in seen]
+    return Text(
+        "cells: cases that agree with the oracle" + "".join(f", {sign}" for sign in signs) + "; - not applicable", "dim"
+    )
+
+
+def _lines(verdict: Verdict, findings: Iterable[Finding], console: Console) -> None:
+    """One line for each cause: system, model, diagnosis, how many cases, the command for the first."""
+    groups: dict[tuple[str, ...], list[Finding]] = defaultdict(list)
+    for finding in findings:
+        if finding.verdict is verdict:
+            key = finding.reference if verdict is Verdict.KNOWN else finding.diagnosis
+            groups[finding.system, finding.model, key or ""].append(finding)
+    style = _STYLE[verdict][1]
+    for number, group in enumerate(groups.values()):
+        if number == MAX_LINES:
+            console.print(f"... and {len(groups) - MAX_LINES} more causes; all of them: add --json", style=style)
+            break
+        first = group[0]
+        line = Text(f"{verdict} ", style=style)
+        line.append(f"{_short(first.system)} {first.case}", style="bold")
+        line.append(f" ({len(group)} cases)" if len(group) > 1 else "")
+        family = f" [{first.family}]" if first.family else ""
+        at = f"at {first.stage}: " if first.stage else ""
+        line.append(f": {at}{first.diagnosis}{family}")
+        if first.reference:
+            line.append(f". Known: {first.reference}", style="dim")
+        console.print(line, soft_wrap=True)
+        if verdict is Verdict.MISMATCH:
+            console.print(f"    again: {first.repro}", style="dim", highlight=False, soft_wrap=True)
+
+
+def _not_applicable(findings: Iterable[Finding], console: Console) -> None:
+    reasons = Counter(f"{f.system}: {f.diagnosis}" for f in findings if f.verdict is Verdict.NOT_APPLICABLE)
+    for reason, count in reasons.most_common(8):
+        console.print(Text(f"not applicable, {count} cases, {reason}", "dim"), soft_wrap=True)
+    rest = sum(count for _, count in reasons.most_common()[8:])
+    if rest:
+        console.print(
+            f"not applicable, {rest} cases for {len(reasons) - 8} other reasons; all of them: add --json", style="dim"
+        )
+
+
+def _short(system: str) -> str:
+    return system.rsplit("/", 1)[-1]
+
+
+def _column_order(column: tuple[str, int]) -> tuple[int, str, int]:
+    order = ("runner", "legacy", "transformers")
+    return (order.index(column[0]) if column[0] in order else len(order), *column)
+
+
+def _row_order(model: str, size: str) -> tuple[int, str, str]:
+    return (("evaluated", "ours", "rewritten").index(models.load(model).reason), model, size)

@@ -1,0 +1,186 @@
+"""The runner: one forward pass, in the steps and under the names of the refactored vLLM runner, as the plan says.
+
+M tokens, H hidden, L latent (H without a transform), P kernel width (L and padding), E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from harness.comm import Communicator
+from harness.runner.experts import FusedMoEKernel
+from harness.runner.plan import CallFacts, LayerFacts, OutputPlan, Reduced, SharedExpertsOrder, plan_output
+from harness.runner.router import FusedMoERouter, ZeroExpertRouter
+from harness.runner.shared_experts import SharedExperts
+from harness.runner.transforms import LatentProjection
+
+Fused = Tensor | tuple[Tensor | None, Tensor]
+
+
+class MoERunnerInterface(ABC):
+    """hidden states [M, H] and logits [M, E] in, one tensor [M, H] out, complete on every rank."""
+
+    @abstractmethod
+    def forward(self, hidden_states_MH: Tensor, router_logits_ME: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunnerParts:
+    """What a runner is put together from; None where the layer has no such part.
+
+    side_stream: the shared experts may run beside the kernel.
+    share: the factor of the whole output, 0.5 where a model averages routed and shared output.
+    """
+
+    router: FusedMoERouter
+    kernel: FusedMoEKernel
+    shared_experts: SharedExperts | None
+    input_transform: LatentProjection | None
+    output_transform: LatentProjection | None
+    side_stream: bool
+    share: float
+
+
+class MoERunnerBase(MoERunnerInterface):
+    """The post-processing that every runner has in common: unpack, cut, scale, transform, sum, reduce.
+
+    kernel may be replaced between two calls; nothing about it is remembered.
+    """
+
+    def __init__(self, facts: LayerFacts, parts: RunnerParts, comm: Communicator) -> None:
+        self.facts = facts
+        self.router = parts.router
+        self.kernel = parts.kernel
+        self.shared_experts = parts.shared_experts
+        self.routed_input_transform = parts.input_transform
+        self.routed_output_transform = parts.output_transform
+        self.side_stream = parts.side_stream
+        self.share = parts.share
+        self.comm = comm
+        self.last_routing: dict[str, Tensor] = {}
+
+    @property
+    def _fused_output_is_reduced(self) -> bool:
+        return self.kernel.output_is_reduced
+
+    def plan(self, dtype: torch.dtype, width: int) -> OutputPlan:
+        """The decision for a call in dtype, whose routed tensors are width wide before padding."""
+        call = CallFacts(
+            output_is_reduced=self._fused_output_is_reduced,
+            kernel_scales=self.kernel.scales,
+            kernel_runs_shared=self.kernel.runs_shared,
+            side_stream=self.side_stream,
+            half_precision=dtype is torch.float16,
+            padded=self.kernel.width > width,
+        )
+        return plan_output(self.facts, call)
+
+    def apply_routed_input_transform(self, hidden_states_MH: Tensor) -> Tensor:
+        """[M, H] -> [M, L]. The shared experts keep reading the untransformed hidden states."""
+        if self.routed_input_transform is None:
+            return hidden_states_MH
+        return self.routed_input_transform(hidden_states_MH)
+
+    def apply_routed_output_transform(self, routed_ML: Tensor, unit: float) -> Tensor:
+        """[M, L] -> [M, H], after the scale, so that s does not multiply the bias."""
+        if self.routed_output_transform is None:
+            return routed_ML
+        return self.routed_output_transform(routed_ML, unit)
+
+    def _maybe_pad_hidden_states(self, x_ML: Tensor) -> Tensor:
+        return (
+            functional.pad(x_ML, (0, self.kernel.width - x_ML.shape[1])) if self.kernel.width > x_ML.shape[1] else x_ML
+        )
+
+    @staticmethod
+    def _unpack(output: Fused) -> tuple[Tensor | None, Tensor]:
+        """A pair is (S, R), a single tensor is R."""
+        return output if isinstance(output, tuple) else (None, output)
+
+    @staticmethod
+    def trunc(states: Tensor, width: int) -> Tensor:
+        """Cut the columns that padding added."""
+        return states[:, :width]
+
+    def _maybe_apply_routed_scale_to_output(
+        self, shared_MH: Tensor | None, routed_ML: Tensor, plan: OutputPlan
+    ) -> tuple[Tensor | None, Tensor]:
+        """R times s if that is the runner's part; in units of s, S becomes S/s and R stays."""
+        if "runner" in plan.scaled_by:
+            routed_ML = routed_ML * self.facts.scale
+        if plan.output_unit != 1.0 and shared_MH is not None:
+            shared_MH = shared_MH * plan.output_unit
+        return shared_MH, routed_ML
+
+    def _maybe_reduce_routed_out(self, routed_ML: Tensor, plan: OutputPlan) -> Tensor:
+        return self.comm.tp.all_reduce(routed_ML) if plan.routed_reduced is Reduced.EARLY else routed_ML
+
+    def _maybe_reduce_shared_out(self, shared_MH: Tensor | None, plan: OutputPlan) -> Tensor | None:
+        if shared_MH is None or plan.shared_reduced is not Reduced.EARLY:
+            return shared_MH
+        return self.comm.tp.all_reduce(shared_MH)
+
+    def reduce_and_trunc(self, states: Tensor, width: int, plan: OutputPlan) -> Tensor:
+        """The final all-reduce, over tp whatever the experts' own grid, then the cut."""
+        if plan.final_all_reduce:
+            states = self.comm.tp.all_reduce(states)
+        return self.trunc(states, width)
+
+
+class MoERunner(MoERunnerBase):
+    """The one concrete runner."""
+
+    def forward(self, hidden_states_MH: Tensor, router_logits_ME: Tensor) -> Tensor:
+        """y * plan.output_unit [M, H] in the dtype of hidden_states; leaves hidden_states unchanged."""
+        hidden = hidden_states_MH.shape[1]
+        x_ML = self.apply_routed_input_transform(hidden_states_MH)
+        latent = x_ML.shape[1]
+        plan = self.plan(hidden_states_MH.dtype, latent)
+        x_MP = self._maybe_pad_hidden_states(x_ML)
+        if self.kernel.writes_input and x_MP is hidden_states_MH:
+            x_MP = x_MP.clone()  # the shared experts and the caller still need it
+        zero_MH, output = self._forward_op(x_MP, hidden_states_MH, router_logits_ME, plan)
+        shared_MH, routed_ML = self._unpack(output)
+        if plan.cut_before_sum:
+            routed_ML = self.trunc(routed_ML, latent)
+        routed_ML = self._maybe_reduce_routed_out(routed_ML, plan)
+        shared_MH = self._maybe_reduce_shared_out(shared_MH, plan)
+        shared_MH, routed_ML = self._maybe_apply_routed_scale_to_output(shared_MH, routed_ML, plan)
+        result = self.apply_routed_output_transform(routed_ML, plan.output_unit)
+        if shared_MH is not None:
+            result = shared_MH + result
+        result_MH = self.reduce_and_trunc(result, hidden, plan)
+        if zero_MH is not None:
+            result_MH = (result_MH + zero_MH).to(result_MH.dtype)
+        return result_MH if self.share == 1.0 else result_MH * self.share
+
+    def _forward_op(
+        self, x_MP: Tensor, shared_input_MH: Tensor, router_logits_ME: Tensor, plan: OutputPlan
+    ) -> tuple[Tensor | None, Fused]:
+        """Route, run the kernel, run the shared experts at their one moment. Returns Z, and R or (S, R)."""
+
+        def shared_at(moment: SharedExpertsOrder) -> Callable[[], None]:
+            def run() -> None:
+                if self.shared_experts is not None:
+                    self.shared_experts.run(plan.shared_order, moment, shared_input_MH)
+
+            return run
+
+        shared_at(SharedExpertsOrder.NO_OVERLAP)()
+        weights_MK, ids_MK = self.router.select_experts(router_logits_ME)
+        self.last_routing = {"topk_weights": weights_MK, "topk_ids": ids_MK}
+        zero_MH = None
+        if isinstance(self.router, ZeroExpertRouter):
+            zero_MH, weights_MK, ids_MK = self.router.split(shared_input_MH, weights_MK, ids_MK)
+        in_finalize = shared_at(SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
+        routed_MP = self.kernel.apply(x_MP, weights_MK, ids_MK, in_finalize)
+        shared_at(SharedExpertsOrder.MULTI_STREAM_OVERLAPPED)()
+        if self.shared_experts is None:
+            return zero_MH, routed_MP
+        return zero_MH, (self.shared_experts.take(), routed_MP)

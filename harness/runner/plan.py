@@ -1,0 +1,162 @@
+"""Who scales, who reduces, when: one frozen plan for each call, from one pure function.
+
+vLLM spreads this decision over the layer, the router, the kernel and ten methods of the runner; here it is data that a
+table test can enumerate and a ledger can be held against. R is the routed sum, S the shared experts' output, s the
+routed scaling factor, tp the size of the tensor-parallel group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+Actor = Literal["router", "kernel", "runner"]
+
+
+class Reduced(Enum):
+    """Where a part that is spread over the tp ranks gets its one all-reduce."""
+
+    NOT_NEEDED = "one rank: nothing to reduce"
+    BY_KERNEL = "the kernel returns the sum of all ranks"
+    EARLY = "the runner, on this part alone, before the sum"
+    FINAL = "the runner, once, on the sum of all parts"
+    BY_CALLER = "the caller: the layer returns a partial sum"
+
+
+class SharedExpertsOrder(Enum):
+    """The one moment at which the shared experts run; the values are those of a case's `order`."""
+
+    NONE = 0
+    NO_OVERLAP = 1
+    MK_INTERNAL_OVERLAPPED = 2
+    MULTI_STREAM_OVERLAPPED = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerFacts:
+    """What the layer knows when it is built.
+
+    scale: s, 1.0 without one.    apply_routed_scale_to_output: the runner is asked to scale, not the router.
+    router_scales: the router is able to fold s into its weights.    transform: the routed output transform: "none",
+    "commutative" with a sum over ranks (linear, no bias) or "ordered" (it must see the complete R).
+    reduce_results: False asks for the partial sum, to be reduced by the caller.
+    """
+
+    tp: int
+    scale: float
+    apply_routed_scale_to_output: bool
+    router_scales: bool
+    has_shared_experts: bool
+    transform: Literal["none", "commutative", "ordered"]
+    reduce_results: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallFacts:
+    """What is known only at the call, since the kernel may be swapped between two calls.
+
+    output_is_reduced: the kernel returns the sum of all ranks.    kernel_scales: it multiplies by s itself.
+    kernel_runs_shared: its finalize leaves room to run the shared experts in.    side_stream: they may run beside it.
+    half_precision: the layer computes in fp16.    padded: the kernel is wider than the layer.
+    """
+
+    output_is_reduced: bool
+    kernel_scales: bool
+    kernel_runs_shared: bool
+    side_stream: bool
+    half_precision: bool
+    padded: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputPlan:
+    """The decision for one call.
+
+    scaled_by: the one actor that multiplies R by s; none if s is 1 or if the unit carries it.
+    output_unit: the call returns y * output_unit: 1, or 1/s for the fp16 layer that returns R + S/s to stay in range.
+    routed_reduced, shared_reduced: where each part gets its all-reduce; shared_reduced is None without shared experts.
+    cut_before_sum: R loses the kernel's extra columns before it meets S or a transform, else at the very end.
+    """
+
+    scaled_by: tuple[Actor, ...]
+    output_unit: float
+    routed_reduced: Reduced
+    shared_reduced: Reduced | None
+    shared_order: SharedExpertsOrder
+    cut_before_sum: bool
+
+    def __post_init__(self) -> None:
+        if len(self.scaled_by) > 1:
+            raise ValueError(f"scaled_by={self.scaled_by}: at most one actor may multiply by the routed scaling factor")
+        if (self.shared_reduced is None) != (self.shared_order is SharedExpertsOrder.NONE):
+            raise ValueError(f"shared_reduced={self.shared_reduced} contradicts shared_order={self.shared_order}")
+        both_final = (self.routed_reduced is Reduced.FINAL, self.shared_reduced is Reduced.FINAL)
+        if self.shared_reduced is not None and both_final[0] != both_final[1]:
+            raise ValueError("the final all-reduce takes both parts or none: one of them would be reduced twice")
+
+    @property
+    def final_all_reduce(self) -> bool:
+        return self.routed_reduced is Reduced.FINAL
+
+    @property
+    def all_reduces(self) -> int:
+        """How many all-reduces over tp the runner itself issues in this call."""
+        early = (self.routed_reduced is Reduced.EARLY) + (self.shared_reduced is Reduced.EARLY)
+        return early + self.final_all_reduce
+
+
+def plan_output(layer: LayerFacts, call: CallFacts) -> OutputPlan:
+    """Decide who scales and who reduces. Source: the decision tables of vLLM 0.32's runner, each cell a table test."""
+    routed = _routed_reduced(layer, call)
+    in_units = _in_units_of_s(layer, call)
+    return OutputPlan(
+        scaled_by=() if in_units else _scaled_by(layer, call),
+        output_unit=1.0 / layer.scale if in_units else 1.0,
+        routed_reduced=routed,
+        shared_reduced=_shared_reduced(layer, routed),
+        shared_order=_shared_order(layer, call),
+        cut_before_sum=call.padded and (layer.has_shared_experts or layer.transform != "none"),
+    )
+
+
+def _routed_reduced(layer: LayerFacts, call: CallFacts) -> Reduced:
+    if layer.tp == 1:
+        return Reduced.NOT_NEEDED
+    if call.output_is_reduced:
+        return Reduced.BY_KERNEL
+    if layer.transform == "ordered":
+        return Reduced.EARLY  # a bias would be added tp times, a norm would see a partial sum
+    return Reduced.FINAL if layer.reduce_results else Reduced.BY_CALLER
+
+
+def _shared_reduced(layer: LayerFacts, routed: Reduced) -> Reduced | None:
+    if not layer.has_shared_experts:
+        return None
+    if routed in (Reduced.BY_KERNEL, Reduced.EARLY):
+        return Reduced.EARLY  # the final all-reduce is off, since R is complete
+    return routed
+
+
+def _in_units_of_s(layer: LayerFacts, call: CallFacts) -> bool:
+    """fp16 with shared experts: return R + S/s, since s * R may leave fp16's range; the decoder works in that unit."""
+    asked = layer.apply_routed_scale_to_output and not call.kernel_scales
+    return asked and call.half_precision and layer.has_shared_experts and layer.scale != 1.0
+
+
+def _scaled_by(layer: LayerFacts, call: CallFacts) -> tuple[Actor, ...]:
+    if layer.scale == 1.0:
+        return ()
+    if call.kernel_scales:
+        return ("kernel",)
+    if layer.apply_routed_scale_to_output or not layer.router_scales:
+        return ("runner",)  # a router that cannot scale hands s on; upstream loses it there
+    return ("router",)
+
+
+def _shared_order(layer: LayerFacts, call: CallFacts) -> SharedExpertsOrder:
+    if not layer.has_shared_experts:
+        return SharedExpertsOrder.NONE
+    if call.kernel_runs_shared:
+        return SharedExpertsOrder.MK_INTERNAL_OVERLAPPED
+    return SharedExpertsOrder.MULTI_STREAM_OVERLAPPED if call.side_stream else SharedExpertsOrder.NO_OVERLAP

@@ -1,0 +1,78 @@
+"""The shared experts: one sharded MLP, run at exactly one of several moments, its output handed over once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from harness.comm import Communicator
+from harness.runner.experts import activate
+from harness.runner.plan import SharedExpertsOrder
+from reference.spec import Shared
+
+
+class SharedMLP:
+    """[M, H] -> this rank's partial sum over tp [M, H]. The sigmoid gate is replicated and commutes with that sum."""
+
+    def __init__(self, weights: Mapping[str, Tensor], shared: Shared, rank: int, tp: int) -> None:
+        share = shared.intermediate_size // tp
+        start = rank * share
+        halves = 2 if shared.activation.gated else 1
+
+        def rows(stored: Tensor) -> Tensor:
+            return stored.unflatten(0, (halves, -1))[:, start : start + share].flatten(0, 1)
+
+        self._activation = shared.activation
+        self._w13 = rows(weights["shared_w13"]).float()
+        self._w2 = weights["shared_w2"][:, start : start + share].float()
+        self._b13 = rows(weights["shared_b13"]).float() if shared.bias else None
+        # every rank's copy of the bias would be added once per rank
+        self._b2 = weights["shared_b2"].float() if shared.bias and rank == 0 else None
+        self._gate = weights["shared_gate"].float() if shared.sigmoid_gate else None
+
+    def __call__(self, x_MH: Tensor) -> Tensor:
+        dtype = x_MH.dtype
+        wide_MH = x_MH.float()
+        h = functional.linear(wide_MH, self._w13, self._b13).to(dtype)
+        y_MH = functional.linear(activate(h, self._activation).float(), self._w2, self._b2).to(dtype)
+        if self._gate is None:
+            return y_MH
+        return (torch.sigmoid(functional.linear(wide_MH, self._gate)) * y_MH.float()).to(dtype)
+
+
+class SharedExperts:
+    """Runs the shared module when its moment comes and keeps the output until it is read.
+
+    `run` is called at every moment with that moment's order and acts on the planned one alone, so the module runs once
+    a call. Raises RuntimeError if the module reduces its own output (the runner would add it tp times), if it is to run
+    while an output waits, or if an output is read that was never made.
+    """
+
+    def __init__(self, module: Callable[[Tensor], Tensor], comm: Communicator) -> None:
+        self._module = module
+        self._comm = comm
+        self._output: Tensor | None = None
+
+    def run(self, planned: SharedExpertsOrder, moment: SharedExpertsOrder, x_MH: Tensor) -> None:
+        if planned is not moment:
+            return
+        if self._output is not None:
+            raise RuntimeError(
+                f"shared experts run at {moment.name} while the output of an earlier run waits to be read"
+            )
+        calls = self._comm.tp.calls
+        self._output = self._module(x_MH)
+        if self._comm.tp.calls != calls:
+            raise RuntimeError(
+                "the shared experts reduce their own output; the runner reduces it too, so S would count tp times. "
+                "Build their last projection without a reduction"
+            )
+
+    def take(self) -> Tensor:
+        if self._output is None:
+            raise RuntimeError("the shared experts' output is read before they ran")
+        output, self._output = self._output, None
+        return output

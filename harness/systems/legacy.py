@@ -1,0 +1,199 @@
+"""The layers as they stood before the refactoring: each model's own file sums, scales and reduces.
+
+What the files did differently is data (FILES). Expert arithmetic, routers and sharding are the runner's; what is under
+test here is the order and number of scalings and reductions. Faults that the files had are kept and listed in known.py.
+Source: vLLM 0.19.1, models/*.py, the last release before PR #35949.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from harness import models
+from harness.case import Case
+from harness.comm import Communicator
+from harness.runner.experts import TorchExperts, shard
+from harness.runner.router import Gate, make_router
+from harness.runner.shared_experts import SharedMLP
+from harness.runner.transforms import LatentProjection
+from harness.systems import Layer
+from reference.spec import MoESpec, RouterPrecision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class File:
+    """What one model file did with R and S.
+
+    scale: "router" its weights carry s; "routed" the file multiplies R; "routed, fp16 shared" the same, but fp16 divides S
+        by s instead; "sum" it multiplies R + S; "none" the model has no s.
+    reduce: "unless reduced" one all-reduce of the sum if the kernel did not reduce; "always" one whatever the kernel did;
+        "in layer" the fused layer reduces R, and S where it holds it.
+    shared: "in layer" the fused layer returns S beside R; "in model" the file computes S; "self-reducing" an MLP that
+        reduces its own output and is added afterwards; "self-reducing in layer" the same, and the layer reduces it again.
+    fp16_compensated: the decoder layer makes up for R + S/s.
+    """
+
+    scale: Literal["router", "routed", "routed, fp16 shared", "sum", "none"]
+    reduce: Literal["unless reduced", "always", "in layer"]
+    shared: Literal["none", "in layer", "in model", "self-reducing", "self-reducing in layer"]
+    fp16_compensated: bool = True
+
+
+_DEEPSEEK = File(scale="routed, fp16 shared", reduce="unless reduced", shared="in layer")
+_GLM = File(scale="routed", reduce="unless reduced", shared="in layer")
+_SCALED_ROUTER = File(scale="router", reduce="unless reduced", shared="in layer")
+_OWN_SUM = File(scale="none", reduce="unless reduced", shared="in layer")
+_LAYER_REDUCES = File(scale="none", reduce="in layer", shared="none")
+
+FILES: dict[str, File] = {
+    "afmoe": _SCALED_ROUTER,
+    "aria": File(scale="none", reduce="in layer", shared="self-reducing in layer"),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+    "dots1": File(scale="sum", reduce="always", shared="in layer"),
+    "ernie4_5_moe": _OWN_SUM,
+    "ernie4_5_vl_moe": _OWN_SUM,
+    "exaone_moe": File(scale="router", reduce="unless reduced", shared="in model"),
+    "gemma4": replace(_LAYER_REDUCES, shared="self-reducing"),
+    "glm4_moe": _GLM,
+    "glm4_moe_lite": _GLM,
+    "gpt_oss": _LAYER_REDUCES,
+    "granitemoehybrid": replace(_LAYER_REDUCES, shared="self-reducing"),
+    "jamba": _LAYER_REDUCES,
+    "kimi_linear": File(scale="routed", reduce="always", shared="in model"),
+    "lfm2_moe": File(scale="routed", reduce="unless reduced", shared="none"),
+    "llama4": _OWN_SUM,
+    "minimax_m2": File(scale="none", reduce="always", shared="none"),
+    "mixtral": _LAYER_REDUCES,
+    "nemotron_h": replace(_DEEPSEEK, fp16_compensated=False),
+    "olmoe": _LAYER_REDUCES,
+    "phimoe": _LAYER_REDUCES,
+    "qwen2_moe": _OWN_SUM,
+    "qwen3_next": _OWN_SUM,
+    "sarvam_moe": _SCALED_ROUTER,
+    "step3p5": _SCALED_ROUTER,
+}
+# The transformers backend wrapped a model's block and all-reduced what came out; its MLP had reduced S already.
+WRAPPED = File(scale="router", reduce="always", shared="self-reducing")
+
+
+class LegacySystem:
+    """Models that a file in FILES describes, in the placements that the file knew."""
+
+    name = "legacy"
+    foreign = False
+
+    def supports(self, case: Case) -> str | None:
+        if case.model not in FILES:
+            return f"no file of {case.model} from before the refactoring is described"
+        if case.scale != "page" or case.order != "1" or case.pad != "0":
+            return "scale, order and pad are choices of the runner; a file had one way"
+        if case.backend == "transformers" and not models.load(case.model).wrapped:
+            return f"the transformers backend wrapped whole blocks with shared experts; {case.model} has none"
+        if case.kernel == "reduced" and _file(case).reduce != "unless reduced":
+            return f"the file of {case.model} never asked whether the kernel had reduced"
+        return None
+
+    def precision(self, spec: MoESpec) -> RouterPrecision:
+        return RouterPrecision(logits=spec.routing.precision.logits, scores="fp32", weights="fp32")
+
+    def build(self, case: Case, weights: Mapping[str, Tensor], comm: Communicator) -> Layer:
+        if case.spec.vision is not None:
+            return LegacyTwoBranches(case.spec, _file(case), weights, comm)
+        return LegacyBlock(case.spec, _file(case), weights, comm, case.kernel == "reduced")
+
+
+def _file(case: Case) -> File:
+    return WRAPPED if case.backend == "transformers" else FILES[case.model]
+
+
+class LegacyBlock:
+    """A model's sparse block: gate, fused experts, shared experts, and the file's own sum, scale and reduction."""
+
+    def __init__(
+        self, spec: MoESpec, file: File, weights: Mapping[str, Tensor], comm: Communicator, kernel_reduces: bool = False
+    ) -> None:
+        rank, tp = comm.tp.rank, comm.tp.size
+        routing, experts = spec.routing, spec.experts
+        self._spec, self._file, self._comm = spec, file, comm
+        self._gate = Gate(
+            weights["router_weight"], weights.get("router_bias"), weights.get("router_scale"),
+            routing.router_norm_epsilon, routing.precision.logits == "fp32",
+        )  # fmt: skip
+        self._router = make_router(
+            routing, weights.get("e_score_correction_bias"), weights.get("per_expert_scale"),
+            spec.scale if file.scale == "router" else 1.0,
+        )  # fmt: skip
+        sharded = shard(weights, experts, routing.weight_on == "input", rank, tp, 0)
+        self._experts = TorchExperts(sharded, comm, reduces=kernel_reduces)
+        self.shared = SharedMLP(weights, spec.shared, rank, tp) if spec.shared else None
+        latent = experts.latent_size is not None
+        self._into_latent = LatentProjection(weights["fc1_latent"], weights.get("fc1_latent_bias")) if latent else None
+        self._out_of_latent = (
+            LatentProjection(weights["fc2_latent"], weights.get("fc2_latent_bias")) if latent else None
+        )
+        in_units = self._fp16_divides_shared(weights["router_weight"].dtype) and file.fp16_compensated
+        self.output_unit = 1.0 / spec.scale if in_units else 1.0
+
+    def __call__(self, x_MH: Tensor) -> Tensor:
+        routed_MH = self.routed(x_MH)
+        return self.combine(None if self.shared is None else self.shared(x_MH), routed_MH)
+
+    def routed(self, x_MH: Tensor) -> Tensor:
+        """R in the experts' own width, as the fused layer returned it."""
+        weights_MK, ids_MK = self._router.select_experts(self._gate(x_MH))
+        x_ML = x_MH if self._into_latent is None else self._into_latent(x_MH)
+        routed_ML = self._experts.apply(x_ML, weights_MK, ids_MK, lambda: None)
+        return self._comm.all_reduce(routed_ML) if self._file.reduce == "in layer" else routed_ML
+
+    def combine(self, shared_MH: Tensor | None, routed_ML: Tensor) -> Tensor:
+        """What the file did with the pair (S, R)."""
+        file, scale = self._file, self._spec.scale
+        if shared_MH is not None and file.shared.startswith("self-reducing"):
+            shared_MH = self._comm.all_reduce(shared_MH)
+            if file.shared == "self-reducing in layer":
+                shared_MH = self._comm.all_reduce(shared_MH)
+        if self._fp16_divides_shared(routed_ML.dtype):
+            shared_MH = None if shared_MH is None else shared_MH * (1.0 / scale)
+        elif file.scale in ("routed", "routed, fp16 shared"):
+            routed_ML = routed_ML * scale
+        result = routed_ML if self._out_of_latent is None else self._out_of_latent(routed_ML)
+        if shared_MH is not None and file.reduce == "unless reduced" and self._experts.output_is_reduced:
+            shared_MH = self._comm.all_reduce(shared_MH)
+        if shared_MH is not None:
+            result = result + shared_MH
+        if file.scale == "sum":
+            result = result * scale
+        if file.reduce == "always" or (file.reduce == "unless reduced" and not self._experts.output_is_reduced):
+            result = self._comm.all_reduce(result)
+        return result
+
+    def _fp16_divides_shared(self, dtype: torch.dtype) -> bool:
+        asked = self._file.scale == "routed, fp16 shared" and dtype is torch.float16
+        return asked and self.shared is not None and self._spec.scale != 1.0
+
+
+class LegacyTwoBranches:
+    """ERNIE-VL: two fused layers that share one MLP; the file adds S to the rows of both and reduces the sum once."""
+
+    output_unit = 1.0
+
+    def __init__(self, spec: MoESpec, file: File, weights: Mapping[str, Tensor], comm: Communicator) -> None:
+        assert spec.vision is not None
+        vision = replace(spec, routing=spec.vision.routing, experts=spec.vision.experts, vision=None, shared=None)
+        own = {n.removeprefix("vision_"): t for n, t in weights.items() if n.startswith("vision_")}
+        self._text = LegacyBlock(replace(spec, vision=None), file, weights, comm)
+        self._vision = LegacyBlock(vision, file, own, comm)
+
+    def __call__(self, hidden_states: Tensor, *, modality: Tensor) -> Tensor:
+        is_vision = modality.bool()
+        routed = torch.empty_like(hidden_states)
+        routed[~is_vision] = self._text.routed(hidden_states[~is_vision])
+        routed[is_vision] = self._vision.routed(hidden_states[is_vision])
+        shared = None if self._text.shared is None else self._text.shared(hidden_states)
+        return self._text.combine(shared, routed)
