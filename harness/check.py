@@ -15,11 +15,11 @@ from harness.systems import System
 
 def check(case: Case, system: System) -> Finding:
     """Run one case on one system and judge it. Whatever a system does wrong becomes part of the finding."""
-    reason = system.supports(case)
-    if reason is not None:
-        return _finding(case, system, Verdict.NOT_APPLICABLE, diagnosis=reason)
-    given = problem(case)
     try:
+        reason = system.supports(case)
+        if reason is not None:
+            return _finding(case, system, Verdict.NOT_APPLICABLE, diagnosis=reason)
+        given = problem(case)
         run = run_system(case, system, given)
     except CouldNotRun as error:
         return _finding(case, system, Verdict.COULD_NOT_RUN, diagnosis=str(error))

@@ -15,7 +15,7 @@ from reference.routes import legal_routes
 from torch import Tensor
 
 from harness.problem import Problem
-from reference.moe import Choice, forward
+from reference.moe import forward
 from reference.rounding import analyse, router_error
 from reference.spec import RouterPrecision
 
@@ -95,11 +95,9 @@ def _nearest_route(given: Problem, row: int, found_RH: Tensor, precision: Router
     routing, prefix = spec.routing, ""
     if spec.vision is not None and is_vision is not None and bool(is_vision[0]):
         routing, prefix = spec.vision.routing, "vision_"
-    delta_1E = router_error(spec, weights, x_1H, precision, is_vision)
-    routes: list[Choice] | None = legal_routes(
-        routing, given.stages.logits_ME[row : row + 1], weights.get(prefix + "e_score_correction_bias"), delta_1E,
-        weights.get(prefix + "per_expert_scale"),
-    )  # fmt: skip
+    delta_E = router_error(spec, weights, x_1H, precision, is_vision)[0]
+    bias_E, factor_E = (weights.get(prefix + name) for name in ("e_score_correction_bias", "per_expert_scale"))
+    routes = legal_routes(routing, given.stages.logits_ME[row], bias_E, delta_E, factor_E)
     if routes is None:
         return None
     outputs = [forward(spec, weights, x_1H, is_vision_M=is_vision, choice=route).output_MH for route in routes]

@@ -230,7 +230,7 @@ def _symbol(value: float, deviation: float, names: dict[str, float], dtype: torc
     """The name of a factor within the noise of its measurement, else the number."""
     nearest = min(names, key=lambda name: abs(names[name] - value))
     reach = max(6 * deviation, _READING[dtype] * max(abs(names[nearest]), 0.05))
-    return nearest if abs(names[nearest] - value) <= reach else f"{value:.4g}"
+    return nearest if abs(names[nearest] - value) <= reach else f"{value:.3g}"
 
 
 def _is_lawful(reading: Reading, lawful: dict[str, str]) -> bool:

@@ -6,7 +6,6 @@ Nothing here judges numbers; what a layer may never do (another shape, dtype or 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,21 +16,20 @@ from harness.comm import Communicator, Entry, tensor_text
 from harness.comm.simulated import run_ranks
 from harness.errors import CollectiveMismatch, CouldNotRun, UsageError, ranks_text
 from harness.problem import Problem
-from harness.systems import System
+from harness.systems import Layer, System
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RankOutput:
     """output: [M, H].    unit: the layer returned y * unit.    broken: what the call did that no layer may, or None.
 
-    stages, plan: what the layer tells of the call, for explain.
+    layer: as built, to be asked for its stages and plan.
     """
 
     output: Tensor
     unit: float
     broken: str | None
-    stages: Mapping[str, Tensor]
-    plan: object | None
+    layer: Layer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,12 +54,10 @@ def run_system(case: Case, system: System, given: Problem) -> Run:
         x_MH = given.tokens.hidden_states.clone()
         try:
             output = layer(x_MH, **inputs)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _CallFailed(f"{_told(error)} in forward") from error
         unit = float(getattr(layer, "output_unit", 1.0))
-        stages = layer.stages() if hasattr(layer, "stages") else {}
-        broken = _broken(output, x_MH, given.tokens.hidden_states)
-        return RankOutput(output, unit, broken, stages, getattr(layer, "plan", None))
+        return RankOutput(output, unit, _broken(output, x_MH, given.tokens.hidden_states), layer)
 
     with torch.inference_mode():
         ranks = run_ranks(case.grid, rank_body, threads=system.foreign)

@@ -56,7 +56,7 @@ def _head(case: Case, system: System, given: Problem, finding: Finding) -> Itera
 
 
 def _measured(case: Case, system: System, given: Problem, run: Run) -> Iterator[str]:
-    plan = run.ranks[0].plan
+    plan = getattr(run.ranks[0].layer, "plan", None)
     if is_dataclass(plan):
         yield "plan of this call:"
         for field in fields(plan):

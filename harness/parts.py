@@ -44,11 +44,10 @@ def parts(given: Problem, tp: int) -> tuple[Part, ...]:
     found: list[Part] = []
     for shard in range(tp):
         only = _Weights(spec, given.weights).keep_columns(shard, tp)
-        routed = _forward(given, only.without("b2", "fc2_latent_bias", "shared_w2", "shared_b2"), choice).routed_MH
-        found.append(Part("routed", shard, routed, True))
+        share = _forward(given, only.without("b2", "fc2_latent_bias", "shared_b2"), choice)
+        found.append(Part("routed", shard, share.routed_MH, True))
         if spec.shared is not None:
-            shared = _forward(given, only.without("shared_b2"), choice).shared_MH
-            found.append(Part("shared", shard, shared, False))
+            found.append(Part("shared", shard, share.shared_MH, False))
     found.append(Part("zero", None, stages.zero_MH, True))
     everything = _Weights(spec, given.weights)
     if spec.experts.bias:

@@ -36,11 +36,11 @@ def naive(
     """Run the layer twice in the dtype of hidden_states_MH; the larger error of the two, by row, is the yardstick.
 
     First run: one rank, experts summed in float32 and stored once, s applied to the routed output.
-    Second run: tp ranks that share the experts' width; every intermediate result is stored in the dtype, experts are added
-    one by one, ranks in their order; s is in the router's weights.
+    Second run: tp ranks that share the experts' width; every intermediate result is stored in the dtype, experts are
+    added one by one, ranks in their order; s is in the router's weights (but for weights on the input).
 
-    weights, hidden_states_MH, is_vision_M: as for `forward`.    stages: its result, of which only topk_ids_MK is read, so
-    that a near tie never makes the yardstick longer.    tp: 1 or more, divides every width of spec.tp_widths().
+    weights, hidden_states_MH, is_vision_M: as for `forward`.    stages: its result, of which only topk_ids_MK is read,
+    so that a near tie never makes the yardstick longer.    tp: 1 or more, divides every width of spec.tp_widths().
     precision: where the router rounds.    Returns two [M, H] of the dtype; inf where the dtype overflows.
     """
     dtype = hidden_states_MH.dtype
@@ -172,13 +172,13 @@ def _routed(
     tp: int,
     store: Store,
 ) -> tuple[Tensor, Tensor]:
-    """What each chosen expert returns, slot by slot: [K, M, L] of the whole width and [R, K, M, L] of the ranks' shares.
+    """What each chosen expert returns, slot by slot: [K, M, L] of the whole width, [R, K, M, L] of the ranks' shares.
 
     Computes all experts for all tokens, or one expert a slot, whichever reads fewer weights.
     """
     tokens, top_k = ids_MK.shape
     slots_T = ids_MK.T.flatten().clamp(max=routing.num_experts - 1)  # a zero expert has no weights: masked below
-    w13, w2, b13 = weights["w13"], weights["w2"], weights.get("b13")
+    w13, w2, b13 = weights["w13"], weights["w2"], weights["b13"] if experts.bias else None
     if slots_T.numel() < routing.num_experts:
         w13, w2, b13 = w13[slots_T], w2[slots_T], None if b13 is None else b13[slots_T]
         x_BmL = x_ML.repeat(top_k, 1)[:, None]
@@ -250,10 +250,10 @@ def _shared(
     x_MH: Tensor, weights: Mapping[str, Tensor], shared: Shared, tp: int, store: Store
 ) -> tuple[Tensor, Tensor]:
     """S of both runs, [M, H] and [R, M, H]: the MLP of one expert that every token visits."""
-    w13, b13, w2 = weights["shared_w13"][None], weights.get("shared_b13"), weights["shared_w2"][None]
-    b13_BN = None if b13 is None else b13[None]
+    b13_BN, b2_H = (weights["shared_b13"][None], weights["shared_b2"]) if shared.bias else (None, None)
+    w13, w2 = weights["shared_w13"][None], weights["shared_w2"][None]
     y_BMH, y_RBMH = _mlp(x_MH[None], w13, b13_BN, w2, shared.activation, "halved", tp, store)
-    y_MH, y_RMH = _add_bias(y_BMH[0], y_RBMH[:, 0], weights.get("shared_b2"), store)
+    y_MH, y_RMH = _add_bias(y_BMH[0], y_RBMH[:, 0], b2_H, store)
     if shared.sigmoid_gate:
         gate_M1 = store(torch.sigmoid(store(x_MH @ weights["shared_gate"].T)))
         y_MH, y_RMH = store(y_MH * gate_M1), store(y_RMH * gate_M1)

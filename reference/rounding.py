@@ -1,9 +1,9 @@
 """How wrong a right layer may be: an error analysis in float64 that follows the law of `moe.py` stage by stage.
 
 Two figures come out. The deviation is what rounding does on the average, every rounding being independent of the
-others; the bound is what it does at worst (Higham, Accuracy and Stability, 2nd ed., 3.1 and 3.3), so that an error beyond
-it is a proof. Both allow any legal layer: any order of summation, products accumulated in float32, and a rounding to the
-dtype wherever a released layer stores a result.
+others; the bound is what it does at worst (Higham, Accuracy and Stability, 2nd ed., 3.1 and 3.3), so that an error
+beyond it is a proof. Both allow any legal layer: any order of summation, products accumulated in float32, and a
+rounding to the dtype wherever a released layer stores a result.
 
 Names end in their shape: M tokens, H hidden, L latent (H without one), I intermediate, N rows of w13, E experts,
 K top-k, T = M * K slots, R ranks.
@@ -22,11 +22,11 @@ from reference import moe
 from reference.moe import Stages
 from reference.spec import Activation, Experts, MoESpec, RouterPrecision, Routing, Shared
 
-# Deviation of a rounding error in u of the value. It is 0.29 to 0.58 by the value's leading digits, 0.42 on the average:
-# rounded up, since the large elements decide a row and there are few of them.
+# Deviation of a rounding error in u of the value. It is 0.29 to 0.58 by the value's leading digits, 0.42 on the
+# average: rounded up, since the large elements decide a row and there are few of them.
 _TYPICAL_ROUNDING = 0.5
-# Variance of a float32 sum of n terms, in u32**2 * n * sum of squares: what a chain of n additions can have, with errors
-# that a large term drags through the rest. Blocked sums do better, but a layer need not block.
+# Variance of a float32 sum of n terms, in u32**2 * n * sum of squares: twice that of one long chain of random terms,
+# since chains are the worst that a layer may do. Blocked sums err less: fp32 layers stay at half of the deviation.
 _TYPICAL_CHAIN = _TYPICAL_ROUNDING**2
 # |f''| of the activations, rounded up; relu2 and silu have theirs at 0.
 _CURVATURE = {"silu": 0.51, "gelu": 0.80, "gelu_tanh": 0.81, "relu2": 2.0}
@@ -153,9 +153,10 @@ def analyse(
 ) -> RoundingErrors:
     """The rounding errors that a legal layer may make with the stages' choice of experts.
 
-    weights, hidden_states_MH, is_vision_M: as for `forward`; the dtype of hidden_states_MH is the layer's.    stages: its
-    result.    tp: 1 or more, divides every width of spec.tp_widths().    precision: where the released router rounds.
-    rows_m: int64, analyse these rows alone, all by default; milliseconds, and M * K experts in float64 at once.
+    weights, hidden_states_MH, is_vision_M: as for `forward`; the dtype of hidden_states_MH is the layer's.
+    stages: its result.    tp: 1 or more, divides every width of spec.tp_widths().
+    precision: where the released router rounds.
+    rows_m: int64, the rows to analyse, all by default: it takes milliseconds, and M * K experts in float64 at once.
     Not covered: overflow, and a sparsemixer mask that rounding decides (see routes.py).
     """
     rows_m = torch.arange(hidden_states_MH.shape[0]) if rows_m is None else rows_m
@@ -196,8 +197,8 @@ def router_error(
 ) -> Tensor:
     """By how much a legal router's ranking score of each expert may differ from the oracle's: delta_ME, float64 [M, E].
 
-    The ranking score is what `select_experts` compares: the score, or the logit where the model chooses before it scores
-    and for sparsemixer, plus the correction bias. The sum of a group's two scores stays within the sum of their deltas.
+    The ranking score is what `select_experts` compares: the score, or the logit where the model chooses before it
+    scores and for sparsemixer, plus the correction bias. A group's sum of two stays within the sum of their deltas.
     """
     unit = Unit.of(hidden_states_MH.dtype)
     x_MH = hidden_states_MH.double()
@@ -246,7 +247,7 @@ def _logits(
         # half the relative error of the mean square, then rsqrt and three products, each perhaps stored
         noisy_MH = Noisy.exact(x_MH * scale_M1 * weights["router_scale"]).stored(_FP32, x_MH.shape[1] // 2 + 4)
         noisy_MH = noisy_MH.stored(stored, 3)
-    return _linear(noisy_MH, weights["router_weight"], weights.get("router_bias"), stored)
+    return _linear(noisy_MH, weights["router_weight"], weights["router_bias"] if routing.router_bias else None, stored)
 
 
 def _noisy_weights(
@@ -272,7 +273,7 @@ def _noisy_weights(
 
 
 def _shares(logits_ME: Tensor, ids_MK: Tensor, routing: Routing) -> Tensor:
-    """What part of the number that divides a slot's score each expert's score is, [M, K, E]; zeros if nothing divides."""
+    """Each expert's part of the number that divides a slot's score, [M, K, E]; zeros where nothing divides it."""
     scores_ME = logits_ME.softmax(-1) if routing.scoring_func == "sparsemixer" else moe.score(logits_ME, routing)
     divides_MKE = torch.zeros(*ids_MK.shape, logits_ME.shape[1], dtype=torch.bool)
     if routing.scoring_func == "sparsemixer":
@@ -292,24 +293,29 @@ def _shares(logits_ME: Tensor, ids_MK: Tensor, routing: Routing) -> Tensor:
 def _log_errors(logits_ME: Noisy, ids_MK: Tensor, share_MKE: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     """Variance and bound of the logarithm of score_k / sum over share's experts, [M, K]; share [M, K or 1, E].
 
-    d log(score_k / sum) = a_k dl_k - sum_e share_e a_e dl_e, with a = d log score / d logit, at most 1 for every scoring.
+    d log(score_k / sum) = a_k dl_k - sum_e share_e a_e dl_e, with a = d log score / d logit, at most 1.
     """
     l_ME = logits_ME.value
     if routing.scoring_func == "sigmoid":
         a_ME = torch.sigmoid(-l_ME)
     elif routing.scoring_func == "sqrtsoftplus":
-        a_ME = torch.sigmoid(l_ME) / (2 * torch.nn.functional.softplus(l_ME, threshold=700.0))
+        softplus_ME = torch.nn.functional.softplus(l_ME, threshold=700.0)
+        a_ME = torch.sigmoid(l_ME) / (2 * softplus_ME).clamp(min=torch.finfo(torch.float64).tiny)
     else:
         a_ME = torch.ones_like(l_ME)
-    top_MK1 = ids_MK[..., None]
-    shared_MKE = (share_MKE * a_ME[:, None]).expand(-1, ids_MK.shape[1], -1)
-    slope_MKE = shared_MKE.scatter_add(2, top_MK1, -a_ME.gather(1, ids_MK)[..., None])
-    variance_MK = (slope_MKE.square() @ logits_ME.variance[..., None])[..., 0]
+    part_MK = share_MKE.expand(-1, ids_MK.shape[1], -1).gather(2, ids_MK[..., None])[..., 0]
+
+    def summed(share_MKE: Tensor, each_ME: Tensor) -> Tensor:
+        """The terms of the sum and the slot's own, which stands in both: (1 - share)**2 = 1 - 2 share + share**2."""
+        return (share_MKE @ each_ME[..., None])[..., 0] + (1 - 2 * part_MK) * each_ME.gather(1, ids_MK)
+
+    variance_MK = summed(share_MKE.square(), a_ME.square() * logits_ME.variance)
+    bound_MK = summed(share_MKE, a_ME * logits_ME.bound)
     # the second derivatives add up to less than 1; the exponentials are of arguments that float32 rounds
     reach_M1 = (l_ME.abs() + 8).amax(-1, keepdim=True) + (l_ME.amax(-1) - l_ME.amin(-1))[:, None]
     evaluated_M1 = _FP32.u * (reach_M1 + l_ME.shape[1] * (share_MKE.sum((1, 2)) > 0)[:, None])
-    bound_MK = (slope_MKE.abs() @ logits_ME.bound[..., None])[..., 0]
-    return variance_MK, bound_MK + logits_ME.bound.amax(-1, keepdim=True).square() + evaluated_M1
+    bound_MK = bound_MK + logits_ME.bound.amax(-1, keepdim=True).square() + evaluated_M1
+    return variance_MK, bound_MK.clamp(max=50.0)  # e**50 allows anything, and stays finite
 
 
 def _routed(
@@ -327,7 +333,7 @@ def _routed(
     slots_T = ids_MK.flatten()
     x_ML = Noisy.exact(x_MH)
     if experts.latent_size is not None:
-        x_ML = _linear(x_ML, weights["fc1_latent"], weights.get("fc1_latent_bias"), unit)
+        x_ML = _linear(x_ML, weights["fc1_latent"], weights["fc1_latent_bias"] if experts.latent_bias else None, unit)
     w13, w2 = weights["w13"][slots_T], weights["w2"][slots_T]
     if experts.transposed:
         w13, w2 = w13.mT, w2.mT
@@ -388,11 +394,12 @@ def _activation(gate: Noisy, up: Noisy | None, rule: Activation, unit: Unit) -> 
 
 def _shared(x_MH: Tensor, weights: Mapping[str, Tensor], shared: Shared, tp: int, unit: Unit) -> Noisy:
     """The ranks' shares of S, [R, M, H]."""
-    w13, w2, b13, b2 = (
-        weights[name].expand(x_MH.shape[0], *weights[name].shape) if name in weights else None
-        for name in ("shared_w13", "shared_w2", "shared_b13", "shared_b2")
-    )
-    assert w13 is not None and w2 is not None  # weight_shapes lists them
+
+    def for_each_token(name: str) -> Tensor:
+        return weights[name].expand(x_MH.shape[0], *weights[name].shape)
+
+    w13, w2 = for_each_token("shared_w13"), for_each_token("shared_w2")
+    b13, b2 = (for_each_token("shared_b13"), for_each_token("shared_b2")) if shared.bias else (None, None)
     y_RMH = _mlp(Noisy.exact(x_MH), w13, b13, w2, b2, shared.activation, "halved", tp, unit)
     if shared.sigmoid_gate:
         gate_M1 = Noisy.exact(x_MH).product(weights["shared_gate"]).stored(unit).mapped(torch.sigmoid, 0.1).stored(unit)

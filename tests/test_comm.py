@@ -53,6 +53,7 @@ def test_every_collective_gives_what_its_name_says(tp, threads):
         assert torch.equal(got["all_reduce"], sum(given))
         assert torch.equal(got["all_gather"], torch.cat([x[:, : r + 1] for r, x in enumerate(given)], 1))
         assert torch.equal(got["reduce_scatter"], sum(given))
+        assert got["reduce_scatter"].untyped_storage().nbytes() == X.numel() * 4  # its share only, not a view of all
         assert [t.tolist() for t in got["all_to_all"]] == [[[10.0 * r + rank] * 2] * (r + 1) for r in range(tp)]
         assert torch.equal(got["broadcast"], given[-1])
 
@@ -169,17 +170,17 @@ def test_groups_of_two_kinds_meet_and_are_told_apart():
     for rank, expected in enumerate([1.0, 1.0, 5.0, 5.0]):
         assert lockstep.next() == rank
         assert lockstep.take(rank)[0].item() == expected
-        lockstep.arrive(call(rank, "tp" if rank == 3 else "dp"))  # 0 and 2 meet; 1 and 3 never can
+        lockstep.arrive(call(rank, "tp" if rank == 1 else "dp"))  # 0 and 2 meet; 1 and 3 never can
     for rank in (0, 2):
         assert lockstep.next() == rank
         assert lockstep.take(rank)[0].item() == 2.0
         lockstep.finish(rank, "done")
     assert lockstep.next() == 1
-    assert str(lockstep.failure) == (
-        "collective 0 of group dp differs: rank 1: all_reduce(fp32[1]), rank 3: all_reduce(fp32[1]) of group tp"
-    )
+    assert str(lockstep.failure) == ("collective 0 of group tp differs: rank 0: returned, rank 1: all_reduce(fp32[1])")
     with pytest.raises(Abandoned):
         lockstep.take(1)
+    lockstep.fail(1, Abandoned())
+    assert (lockstep.next(), lockstep.next()) == (3, None)
 
 
 # ---- disagreement
@@ -344,7 +345,7 @@ def test_a_raise_on_one_rank_is_the_failure_and_others_are_unwound(error, thread
     assert ranks.failure is error
     assert ranks.failed_rank == 1
     assert ranks.results == (None, None, None)
-    assert [rank for rank in ended if isinstance(rank, int)] == [1, 0, 2]
+    assert ended == (["caught 1"] if isinstance(error, Exception) else []) + [1, 0, 2]
     with pytest.raises(type(error)) as caught:
         ranks.unwrap()
     assert caught.value.__notes__[-1] == "raised on rank 1 of 3"
@@ -420,20 +421,23 @@ def test_exactly_one_rank_runs_at_a_time_and_in_rank_order(threads):
 
 @BOTH
 @pytest.mark.parametrize("tp", [1, 3])
-def test_a_kept_layer_does_not_keep_the_results_of_its_run(tp, threads):
-    kept, results = [], []
+def test_a_kept_layer_keeps_neither_results_nor_inputs_of_its_run(tp, threads):
+    kept, tensors = [], []
 
-    def body(comm):
-        kept.append(comm)
-        result = comm.all_reduce(X)
-        results.append(weakref.ref(result))
-        return result
+    def body_with(given):
+        def body(comm):
+            kept.append(comm)
+            result = comm.all_reduce(given)
+            tensors.extend(map(weakref.ref, (given, result)))
+            return result
+
+        return body
 
     gc.collect()
     gc.disable()
     try:
-        run_ranks(Grid(tp=tp), body, threads=threads)
-        assert [ref() for ref in results] == [None] * tp
+        run_ranks(Grid(tp=tp), body_with(torch.ones(1)), threads=threads)
+        assert [ref() for ref in tensors] == [None] * (2 * tp)
     finally:
         gc.enable()
 
@@ -511,6 +515,19 @@ def test_a_setting_held_across_a_collective_stays_on_its_rank(setting, caller, t
     assert seen == [True] * 6
     assert not torch.ones(2).is_inference()
     assert (torch.ones(2, requires_grad=True) * 2).requires_grad
+
+
+@BOTH
+def test_autocast_of_one_rank_rounds_nothing_of_another(threads):
+    def body(comm):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=comm.rank == 1):
+            comm.all_reduce(X)
+            return (X @ X.T).dtype
+
+    assert run_ranks(Grid(tp=3), body, threads=threads).unwrap() == (torch.float32, torch.bfloat16, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert run_ranks(Grid(tp=2), lambda comm: (X @ X.T).dtype, threads=threads).unwrap() == (torch.bfloat16,) * 2
+    assert (X @ X.T).dtype == torch.float32
 
 
 @BOTH

@@ -125,8 +125,7 @@ class _Run:
     def close(self) -> Lockstep:
         """The final state; lets go of it here, for a layer that is kept holds its communicator, and so this run."""
         lockstep, self.lockstep = self.lockstep, Lockstep(0)
-        self.comms.clear()
-        del self.switch
+        del self.switch, self.body
         return lockstep
 
 
@@ -152,7 +151,7 @@ class _RankThread(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True, name="simulated-rank")
-        self.job: Callable[[], None] | None = None
+        self.job: Callable[[], None]
         self.wake = threading.Lock()
         self.wake.acquire()
         self.start()
@@ -160,8 +159,7 @@ class _RankThread(threading.Thread):
     def run(self) -> None:
         while True:
             self.wake.acquire()
-            if self.job is not None:
-                self.job()
+            self.job()
 
 
 _IDLE: list[_RankThread] = []
@@ -195,8 +193,6 @@ def _on_threads(run: _Run) -> None:
         thread.job = functools.partial(job, rank, contextvars.copy_context())
     pass_baton(run.lockstep.next())
     home.acquire()
-    for thread in threads:
-        thread.job = None  # which holds this run
     _IDLE.extend(threads)  # not after a KeyboardInterrupt: a rank may still be running then
 
 

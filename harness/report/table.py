@@ -82,12 +82,12 @@ def _legend(findings: Iterable[Finding]) -> Text:
 
 
 def _lines(verdict: Verdict, findings: Iterable[Finding], console: Console) -> None:
-    """One line for each cause: system, model, diagnosis, how many cases, the command for the first."""
+    """One line for each cause: the first case that shows it, the diagnosis, how many cases, the command to see it again."""
     groups: dict[tuple[str, ...], list[Finding]] = defaultdict(list)
     for finding in findings:
         if finding.verdict is verdict:
-            key = finding.reference if verdict is Verdict.KNOWN else finding.diagnosis
-            groups[finding.system, finding.model, key or ""].append(finding)
+            key = (finding.reference or "",) if verdict is Verdict.KNOWN else (finding.model, finding.diagnosis)
+            groups[finding.system, *key].append(finding)
     style = _STYLE[verdict][1]
     for number, group in enumerate(groups.values()):
         if number == MAX_LINES:
@@ -96,7 +96,9 @@ def _lines(verdict: Verdict, findings: Iterable[Finding], console: Console) -> N
         first = group[0]
         line = Text(f"{verdict} ", style=style)
         line.append(f"{_short(first.system)} {first.case}", style="bold")
-        line.append(f" ({len(group)} cases)" if len(group) > 1 else "")
+        count = len({finding.model for finding in group})
+        of_models = f" of {count} models" if count > 1 else ""
+        line.append(f" (first of {len(group)} cases{of_models})" if len(group) > 1 else "")
         family = f" [{first.family}]" if first.family else ""
         at = f"at {first.stage}: " if first.stage else ""
         line.append(f": {at}{first.diagnosis}{family}")

@@ -94,9 +94,9 @@ class LegacySystem:
         if case.scale != "page" or case.order != "1" or case.pad != "0":
             return "scale, order and pad are choices of the runner; a file had one way"
         if case.backend == "transformers" and not models.load(case.model).wrapped:
-            return f"the transformers backend wrapped whole blocks with shared experts; {case.model} has none"
+            return "the transformers backend wrapped whole blocks with shared experts, and this is none"
         if case.kernel == "reduced" and _file(case).reduce != "unless reduced":
-            return f"the file of {case.model} never asked whether the kernel had reduced"
+            return "its file never asked whether the kernel had reduced"
         return None
 
     def precision(self, spec: MoESpec) -> RouterPrecision:

@@ -1,0 +1,160 @@
+"""Wrong layers: the runner with one thing changed. Each is data; the tests say what the harness has to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from harness.case import Case
+from harness.comm import Communicator
+from harness.runner.layer import FusedMoE
+from harness.runner.plan import Reduced
+from harness.systems import Layer
+from harness.systems.runner import RunnerSystem
+
+Plant = Callable[[FusedMoE, Communicator], None]
+
+
+@dataclass(frozen=True)
+class Faulty(RunnerSystem):
+    """The runner, changed by `plant` right after each rank built it."""
+
+    plant: Plant
+
+    def build(self, case: Case, weights: Mapping[str, Tensor], comm: Communicator) -> Layer:
+        layer = super().build(case, weights, comm)
+        self.plant(layer, comm)  # type: ignore[arg-type]
+        return layer
+
+
+def answering(change: Callable[[Tensor], Tensor]) -> Plant:
+    """The right output, changed afterwards."""
+
+    def plant(layer: FusedMoE, comm: Communicator) -> None:
+        right = layer.runner.forward
+        layer.runner.forward = lambda x, logits: change(right(x, logits))
+
+    return plant
+
+
+def planning(**changes: object) -> Plant:
+    """A plan that differs in some fields; this is the way round its own refusals."""
+
+    def plant(layer: FusedMoE, comm: Communicator) -> None:
+        right = layer.runner.plan
+
+        def wrong(dtype: torch.dtype, width: int):
+            plan = right(dtype, width)
+            for name, value in changes.items():
+                object.__setattr__(plan, name, value)
+            return plan
+
+        layer.runner.plan = wrong
+
+    return plant
+
+
+def scaling(on_routed: Callable[[float], float], on_shared: Callable[[float], float] = lambda s: 1.0) -> Plant:
+    """R and S multiplied by other powers of s than the law's, whoever was to scale."""
+
+    def plant(layer: FusedMoE, comm: Communicator) -> None:
+        scale = layer.runner.facts.scale
+
+        def wrong(shared_MH, routed_ML, plan):
+            has = scale if plan.scaled_by in (("router",), ("kernel",)) else 1.0
+            routed_ML = routed_ML * (on_routed(scale) / has)
+            return None if shared_MH is None else shared_MH * on_shared(scale), routed_ML
+
+        layer.runner._maybe_apply_routed_scale_to_output = wrong
+
+    return plant
+
+
+def shared_summed_per_rank(layer: FusedMoE, comm: Communicator) -> None:
+    """The shared MLP is whole on every rank, and the runner sums it."""
+    module = layer.runner.shared_experts._module
+
+    def whole(x: Tensor) -> Tensor:
+        return comm.all_reduce(module(x))
+
+    run = layer.runner.shared_experts.run
+
+    def unguarded(planned, moment, x):
+        layer.runner.shared_experts._module = lambda rows: whole(rows)
+        if planned is moment:
+            layer.runner.shared_experts._output = whole(x)
+
+    del run
+    layer.runner.shared_experts.run = unguarded
+
+
+def shared_left_partial(layer: FusedMoE, comm: Communicator) -> None:
+    def forward(x, logits):
+        unreduced = layer.runner.shared_experts._module(x)
+        saved, layer.runner.shared_experts = layer.runner.shared_experts, None
+        facts, layer.runner.facts = layer.runner.facts, replace(layer.runner.facts, has_shared_experts=False)
+        routed = type(layer.runner).forward(layer.runner, x, logits)
+        layer.runner.shared_experts, layer.runner.facts = saved, facts
+        return routed + unreduced
+
+    layer.runner.forward = forward
+
+
+def shared_reads_an_overwritten_buffer(layer: FusedMoE, comm: Communicator) -> None:
+    """The kernel works in place and the shared experts run after it on the same buffer."""
+
+    def forward(x, logits):
+        saved, layer.runner.shared_experts = layer.runner.shared_experts, None
+        facts, layer.runner.facts = layer.runner.facts, replace(layer.runner.facts, has_shared_experts=False)
+        routed = type(layer.runner).forward(layer.runner, x, logits)
+        layer.runner.shared_experts, layer.runner.facts = saved, facts
+        return routed + comm.all_reduce(layer.runner.shared_experts._module(routed))
+
+    layer.runner.forward = forward
+
+
+def bias_in_the_weights(layer: FusedMoE, comm: Communicator) -> None:
+    router = layer.runner.router
+    right = router.select_experts
+
+    class Wrong:
+        scales = True
+
+        def select_experts(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+            _, ids = right(logits)
+            biased = (logits.float().sigmoid() + router.bias_E).gather(1, ids)
+            return biased / biased.sum(-1, keepdim=True) * router.scale, ids
+
+    layer.runner.router = Wrong()
+
+
+def only_rank(rank: int, plant: Plant) -> Plant:
+    def planted(layer: FusedMoE, comm: Communicator) -> None:
+        if comm.rank == rank:
+            plant(layer, comm)
+
+    return planted
+
+
+def expert_dropped(expert: int) -> Plant:
+    def plant(layer: FusedMoE, comm: Communicator) -> None:
+        layer.runner.kernel._w2_EiP = layer.runner.kernel._w2_EiP.clone()
+        layer.runner.kernel._w2_EiP[expert] = 0.0
+
+    return plant
+
+
+def undeclared_unit(layer: FusedMoE, comm: Communicator) -> None:
+    type(layer)  # the property is on the class: hide it behind a subclass of this one layer
+    layer.__class__ = type("Undeclared", (FusedMoE,), {"output_unit": 1.0})
+
+
+NOTHING_REDUCED = planning(routed_reduced=Reduced.NOT_NEEDED, shared_reduced=Reduced.NOT_NEEDED)
+
+
+def all_reduced_twice(layer: FusedMoE, comm: Communicator) -> None:
+    right = layer.runner.forward
+    layer.runner.forward = lambda x, logits: comm.all_reduce(right(x, logits))

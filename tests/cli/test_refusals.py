@@ -1,0 +1,71 @@
+"""Whatever is typed wrongly: exit code 2, one line that says what came, what was expected and what to type; no traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conftest import Command
+
+# the command, and what its answer has to say
+REFUSED = {
+    "check --model deepseek_v4": ("unknown model 'deepseek_v4'", "deepseek_v3, deepseek_v2", "moe-harness models"),
+    "check deepseek_v4@tp2": ("unknown model 'deepseek_v4'", "deepseek_v3, deepseek_v2", "moe-harness models"),
+    "models mixtrol": ("unknown model 'mixtrol'", "mixtral", "moe-harness models"),
+    "explain mixtrol": ("unknown model 'mixtrol'", "mixtral", "moe-harness models"),
+    "check --model ,": ("',' names nothing", "one name or more, joined by commas"),
+    "check --model mixtral --tp 5": ("tp=5 does not divide mixtral's intermediate_size 48", "1, 2, 3, 4, 6, 8"),
+    "check mixtral@tp5": ("tp=5 does not divide mixtral's intermediate_size 48", "1, 2, 3, 4, 6, 8"),
+    "check --model mixtral --tp 0": ("tp=0", "1 or more"),
+    "check --ep 2": ("ep=2: expert parallelism is not simulated", "--tp 2"),
+    "check --dp 2": ("dp=2: data parallelism is not simulated", "--tp 2"),
+    "check --sp 2": ("sp=2: sequence parallelism is not simulated", "--tp 2"),
+    "check --model mixtral --dtype int8": ("dtype 'int8'", "fp32, bf16, fp16"),
+    "check --model mixtral --tokens -1": ("tokens=-1", "0 to 65536"),
+    "check --model mixtral --tokens 99999999": ("tokens=99999999", "0 to 65536"),
+    "check --model mixtral --tokens seven": ("--tokens seven", "whole numbers joined by commas, as in --tokens 1,2,4"),
+    "check --model mixtral --seed 18446744073709551616": ("seed=18446744073709551616", "0 to 2**64 - 1"),
+    "check mixtral@int8": ("'mixtral@int8'", "the part 'int8'", "fp32, bf16, fp16"),
+    "check mixtral+pad=3": ("pad=3", "0, 8"),
+    "check mixtral+padding=8": ("the part 'padding=8'", "NAME=VALUE with size, s, scale"),
+    f"check mixtral@tokens{'9' * 5000}": ("tokens",),
+    "check mixtral --tp 2": ("name cases or select them with --model, --tp, ..., not both",),
+    "check --system runer": ("unknown system 'runer'", "runner", "path/to/file.py:build"),
+    "check --system my_layr.py:build": ("my_layr.py does not exist", "Type my_layer.py:build"),
+    "check --system my_layer.py:": ("'my_layer.py:'", "a colon and its build function", "path/to/file.py:build"),
+    "check --system my_layer.py": ("'my_layer.py'", "path/to/file.py:build"),
+    "check --system no_such_package:build": ("no package 'no_such_package'", "Install it, or type path/to/file.py:build"),
+    "explain mixtral --system runer": ("unknown system 'runer'", "runner"),
+    "check --model mixtral --system transformers --tp 2": ("selects no case", "Add --tp 1, or another --system"),
+    "check --jobs many": ("--jobs many", "0 to 256"),
+    "check --jobs 9999": ("--jobs 9999", "0 to 256"),
+    "check --limit 0": ("--limit 0", "seconds above 0"),
+    "check --limit nan": ("--limit nan", "seconds above 0"),
+    "check --limit soon": ("--limit", "'soon'", "moe-harness check --help"),
+    "check --tpp 2": ("--tpp", "--help"),
+    "bench --fast": ("--fast", "--help"),
+    "explain": ("CASE", "moe-harness explain --help"),
+    "chek mixtral": ("'chek'", "'check', 'models', 'explain', 'bench'", "moe-harness --help"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", REFUSED, ids=lambda line: line[:60])
+def test_wrong_usage_is_answered_with_value_expectation_and_what_to_type(line: str, command: Command, tmp_path: Path):
+    (tmp_path / "my_layer.py").write_text("raise SystemExit('a refusal imports nothing of the user')\n")
+    done = command(*line.split())
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("moe-harness: ")
+    assert len(done.stderr.splitlines()) == 1
+    for part in REFUSED[line]:
+        assert part in done.stderr
+
+
+def test_no_verb_at_all_is_answered_with_the_verbs(command: Command):
+    done = command()
+    assert done.returncode == 2
+    assert done.stdout == ""
+    for verb in ("check", "models", "explain", "bench"):
+        assert f"    {verb} " in done.stderr
