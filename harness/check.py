@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from harness import known
+from harness.algebra import Evidence
 from harness.case import Case
 from harness.compare import Comparison, compare
-from harness.diagnose import Diagnosis, Evidence, diagnose
+from harness.diagnose import Diagnosis, diagnose
 from harness.errors import CouldNotRun
 from harness.execution import Run, run_system
 from harness.finding import Finding, Verdict, repro_command

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from reference.routes import legal_routes
 from torch import Tensor
 
 from harness.problem import Problem
 from reference.moe import forward
 from reference.rounding import analyse, router_error
+from reference.routes import legal_routes
 from reference.spec import RouterPrecision
 
 RUN_LIMIT = 2.5

@@ -7,11 +7,11 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import TextIO
 
+from harness.algebra import Evidence, law, read_shares, read_whole
 from harness.case import Case
 from harness.check import check, judge
 from harness.comm import Entry
 from harness.compare import compare
-from harness.diagnose import Evidence, law, read_algebra
 from harness.execution import Run, run_system
 from harness.finding import Finding, exit_code
 from harness.problem import Problem, problem
@@ -70,7 +70,8 @@ def _measured(case: Case, system: System, given: Problem, run: Run) -> Iterator[
     yield "errors: " + ", ".join(f"{name} {value}" for name, value in compared.figures().items())
     yield f"attribution (law: {', '.join(f'{name} x {symbol}' for name, symbol in law(given, tp).items())}):"
     for rank in range(tp):
-        reading = read_algebra(Evidence(given, outputs, tp, precision, compared.wrong_RM), rank)
+        evidence = Evidence(given, outputs, tp, precision, compared.wrong_RM)
+        reading = read_whole(evidence, rank) or read_shares(evidence, rank)
         yield f"  rank {rank}: {'no sum of the parts explains this output' if reading is None else reading}"
 
 

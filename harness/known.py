@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from harness.algebra import law, symbol_values
 from harness.case import DTYPES, Case
-from harness.diagnose import law, symbol_values
 from harness.problem import Problem
 
 

@@ -60,7 +60,14 @@ def main_job(systems: Sequence[str]) -> list[Batch]:
             sizes = WIDE_TP_SIZES if system != "transformers" else (1,)
             cases += [Case(model=model, size="wide", grid=Grid(tp=tp), tokens=m) for tp in sizes for m in TOKENS]
         batches.append(Batch(system, tuple(cases)))
-    return batches
+    return _joined(batches)
+
+
+def _joined(batches: Sequence[Batch]) -> list[Batch]:
+    """All cases of transformers in one batch, and that one first: importing it takes a worker as long as the rest of it."""
+    heavy = [case for batch in batches if batch.system == "transformers" for case in batch.cases]
+    others = [batch for batch in batches if batch.system != "transformers"]
+    return [Batch("transformers", tuple(heavy)), *others] if heavy else others
 
 
 def _placements(page: models.Model, system: str) -> list[Case]:
@@ -94,7 +101,7 @@ def select(request: Request) -> list[Batch]:
             batches.append(Batch(system, tuple(cases)))
     if not batches:
         raise UsageError("the request selects no case: transformers runs at tp=1 only. Add --tp 1, or another --system")
-    return batches
+    return _joined(batches)
 
 
 def of_cases(cases: Sequence[Case], systems: Sequence[str] | None) -> list[Batch]:

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from harness.problem import Problem
-from reference.moe import Choice, Stages, forward, renormalize, router_logits, score, select_experts, shared_experts
+from reference.moe import (
+    Choice,
+    Stages,
+    forward,
+    rank_scores,
+    renormalize,
+    router_logits,
+    score,
+    select_experts,
+    shared_experts,
+)  # fmt: skip
 from reference.spec import Activation, MoESpec, Routing
 
 
@@ -30,19 +40,22 @@ class Variant:
     compute: Callable[[], Stages]
 
 
-def variants(given: Problem) -> Iterator[Variant]:
-    """Every wrong law that differs from this layer's, the commonest first."""
-    yield from _routing(given)
+def variants(given: Problem, picks_MK: Tensor | None) -> Iterator[Variant]:
+    """Every wrong law that differs from this layer's, the commonest first.
+
+    picks_MK: the experts that an output must come from, if known: they decide where a wrong law leaves exact ties.
+    """
+    yield from _routing(given, picks_MK)
     yield from _experts(given)
     if given.spec.shared is not None:
         yield from _shared(given)
 
 
-def _routing(given: Problem) -> Iterator[Variant]:
+def _routing(given: Problem, picks_MK: Tensor | None) -> Iterator[Variant]:
     rule = given.spec.routing
 
     def with_rule(family: str, sentence: str, **changes: object) -> Variant:
-        return Variant(family, "topk_weights", sentence, lambda: _with_routing(given, **changes))
+        return Variant(family, "topk_weights", sentence, lambda: _with_routing(given, picks_MK, **changes))
 
     if rule.correction_bias:
         if given.spec.vision is None:
@@ -158,6 +171,10 @@ def _shared(given: Problem) -> Iterator[Variant]:
         yield Variant(
             "F1", "shared", "gate and up are exchanged in the shared experts", lambda: _exchanged(given, "shared_w13")
         )
+    if act.gated and given.spec.experts.activation.gated:
+        names = ("w13", "b13", "shared_w13", "shared_b13")
+        both = "gate and up are exchanged in the routed and in the shared experts"
+        yield Variant("F1", "routed", both, lambda: _exchanged(given, *names))
     for kind in ("silu", "gelu", "gelu_tanh", "relu2"):
         if kind != act.kind:
             yield with_shared(
@@ -185,14 +202,39 @@ def _run(
     return forward(spec or given.spec, weights or given.weights, x_MH, is_vision_M=is_vision, choice=choice)
 
 
-def _with_routing(given: Problem, **changes: object) -> Stages:
+def _with_routing(given: Problem, picks_MK: Tensor | None, **changes: object) -> Stages:
     spec = given.spec
 
     def changed(routing: Routing) -> Routing:
         return replace(routing, **changes)  # type: ignore[arg-type]
 
     vision = spec.vision and replace(spec.vision, routing=changed(spec.vision.routing))
-    return _run(given, spec=replace(spec, routing=changed(spec.routing), vision=vision))
+    wrong = replace(spec, routing=changed(spec.routing), vision=vision)
+    if picks_MK is None or vision is not None or wrong.routing.top_k != picks_MK.shape[1]:
+        return _run(given, spec=wrong)
+    return _run(given, spec=wrong, choice=_ties_as_picked(given, wrong.routing, picks_MK))
+
+
+def _ties_as_picked(given: Problem, routing: Routing, picks_MK: Tensor) -> Choice:
+    """The choice of a wrong router; among exact ties, which groups filled with one value have, it is the picks."""
+    weights = {name: t.double() for name, t in given.weights.items()}
+    logits_ME = router_logits(given.tokens.hidden_states.double(), weights, routing)
+    scores_ME = score(logits_ME, routing)
+    bias_E = weights["e_score_correction_bias"] if routing.correction_bias else None
+    own = select_experts(logits_ME, scores_ME, bias_E, routing)
+    if routing.scoring_func == "sparsemixer":
+        return own
+    ranked_ME = rank_scores(logits_ME, scores_ME, bias_E, routing)
+    least_M1 = ranked_ME.gather(1, own.topk_ids_MK[:, -1:])
+    tied_M1 = (ranked_ME.gather(1, picks_MK) >= least_M1).all(-1, keepdim=True)
+    ids_MK = torch.where(tied_M1, picks_MK, own.topk_ids_MK)
+    weights_MK = (
+        score(logits_ME.gather(1, ids_MK), routing) if routing.score_after_topk else scores_ME.gather(1, ids_MK)
+    )
+    weights_MK = renormalize(weights_MK, routing)
+    if routing.per_expert_scale:
+        weights_MK = weights_MK * weights["per_expert_scale"][ids_MK]
+    return Choice(ids_MK, weights_MK, own.margin_M.masked_fill(tied_M1[:, 0], torch.inf))
 
 
 def _with_experts(given: Problem, **changes: object) -> Stages:

@@ -144,10 +144,7 @@ def select_experts(logits_ME: Tensor, scores_ME: Tensor, bias_E: Tensor | None, 
     """
     if routing.scoring_func == "sparsemixer":
         return _sparsemixer(logits_ME, 2 * _epsilon(routing))
-    ranked_ME = logits_ME if routing.score_after_topk else scores_ME
-    if bias_E is not None:
-        ranked_ME = ranked_ME + bias_E
-    ranked_ME, group_margin_M = _keep_best_groups(ranked_ME, routing)
+    ranked_ME, group_margin_M = _keep_best_groups(_ranked(logits_ME, scores_ME, bias_E, routing), routing)
     order_ME = torch.argsort(ranked_ME, dim=-1, descending=True, stable=True)
     ids_MK = order_ME[:, : routing.top_k]
     if routing.score_after_topk:
@@ -156,6 +153,16 @@ def select_experts(logits_ME: Tensor, scores_ME: Tensor, bias_E: Tensor | None, 
         weights_MK = scores_ME.gather(1, ids_MK)  # unbiased: the bias chooses, it does not weigh
     margin_M = torch.minimum(_gap(ranked_ME.gather(1, order_ME), routing.top_k), group_margin_M)
     return Choice(ids_MK, renormalize(weights_MK, routing), margin_M)
+
+
+def rank_scores(logits_ME: Tensor, scores_ME: Tensor, bias_E: Tensor | None, routing: Routing) -> Tensor:
+    """What the choice compares, [M, E]: biased scores, dropped groups filled."""
+    return _keep_best_groups(_ranked(logits_ME, scores_ME, bias_E, routing), routing)[0]
+
+
+def _ranked(logits_ME: Tensor, scores_ME: Tensor, bias_E: Tensor | None, routing: Routing) -> Tensor:
+    ranked_ME = logits_ME if routing.score_after_topk else scores_ME
+    return ranked_ME if bias_E is None else ranked_ME + bias_E
 
 
 def _keep_best_groups(ranked_ME: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:

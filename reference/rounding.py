@@ -22,21 +22,17 @@ from reference import moe
 from reference.moe import Stages
 from reference.spec import Activation, Experts, MoESpec, RouterPrecision, Routing, Shared
 
-# Deviation of a rounding error in u of the value. It is 0.29 to 0.58 by the value's leading digits, 0.42 on the
-# average: rounded up, since the large elements decide a row and there are few of them.
-_TYPICAL_ROUNDING = 0.5
-# Variance of a float32 sum of n terms, in u32**2 * n * sum of squares: twice that of one long chain of random terms,
-# since chains are the worst that a layer may do. Blocked sums err less: fp32 layers stay at half of the deviation.
-_TYPICAL_CHAIN = _TYPICAL_ROUNDING**2
+# Deviation of a rounding error in u of the value: 0.29 to 0.58 by the value's leading digits, this on the average.
+_TYPICAL_ROUNDING = 0.42
 # |f''| of the activations, rounded up; relu2 and silu have theirs at 0.
 _CURVATURE = {"silu": 0.51, "gelu": 0.80, "gelu_tanh": 0.81, "relu2": 2.0}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoundingErrors:
-    """deviation_M: standard deviation of a row's L2 error.    bound_MH: certified limit of each element's error.
+    """deviation_M: standard deviation of a row's L2 error, and up to twice that where few errors decide about the row.
 
-    Both float64, absolute, in units of the output.
+    bound_MH: certified limit of each element's error.    Both float64, absolute, in units of the output.
     """
 
     deviation_M: Tensor
@@ -91,8 +87,8 @@ class Noisy:
         return Noisy(change(self.value), change(self.variance), change(self.bound))
 
     def for_a_row(self) -> Noisy:
-        """A factor of a whole row: its error does not average out within the row, so it counts at two deviations."""
-        return replace(self, variance=4 * self.variance)
+        """As a factor of whole rows: one error moves all of a row."""
+        return replace(self, variance=_unlucky(torch.ones(())) * self.variance)
 
     def stored(self, unit: Unit, times: int = 1) -> Noisy:
         """Rounded once, or several times in a row at about the same value."""
@@ -103,19 +99,23 @@ class Noisy:
     def product(self, w: Tensor) -> Noisy:
         """self @ w.T, summed in float32 in any order; w [..., out, in] is exact."""
         wT, n = w.mT, w.shape[-1]
-        variance = self.variance + _TYPICAL_CHAIN * _FP32.u**2 * n * self.value.square()
+        total = self.value @ wT
+        chain = _on_the_way(total, self.value.square() @ wT.square(), n)
+        energy = self.variance * wT.square().sum(-1).unsqueeze(-2)  # what each error gives to the row of results
+        concentration = energy.square().sum(-1, keepdim=True) / energy.sum(-1, keepdim=True).square()
+        inherited = self.variance * _unlucky(concentration.nan_to_num(0.0))
+        variance = inherited @ wT.square() + (_TYPICAL_ROUNDING * _FP32.u) ** 2 * chain
         spread = _growth(n, _FP32.u)
         bound = self.bound * (1 + spread) + spread * self.value.abs()
-        return Noisy(self.value @ wT, variance @ wT.square(), bound @ wT.abs() + n * _FP32.tiny)
+        return Noisy(total, variance, bound @ wT.abs() + n * _FP32.tiny)
 
     def summed(self, unit: Unit, roundings: int) -> Noisy:
         """Sum over the first dimension in any order, roundings of them on the way of each term."""
         total, square = self.value.sum(0), self.value.square().sum(0)
-        on_the_way = roundings / 2 * torch.maximum(total.square(), square)
         spread = _growth(roundings, unit.u)
         return Noisy(
             total,
-            self.variance.sum(0) + (_TYPICAL_ROUNDING * unit.u) ** 2 * on_the_way,
+            self.variance.sum(0) + (_TYPICAL_ROUNDING * unit.u) ** 2 * _on_the_way(total, square, roundings),
             (self.bound * (1 + spread) + spread * self.value.abs()).sum(0) + roundings * unit.tiny,
         )
 
@@ -134,6 +134,23 @@ class Noisy:
         evaluated = 4 * _FP32.u * (value.abs() + self.value.abs())
         variance = slope.square() * self.variance + (_FP32.u * value).square()
         return Noisy(value, variance, torch.maximum(*ends) + curvature / 2 * self.bound.square() + evaluated)
+
+
+def _unlucky(concentration: Tensor) -> Tensor:
+    """By how much a row's squared error exceeds its mean when it lies two of its own deviations above, as a factor.
+
+    concentration: sum of e**2 over (sum of e)**2 of the mean squared errors e that independent sources give to the row:
+    1 if a single one moves it, 1 / n if n do alike. The square of a normal number has twice its square as variance.
+    """
+    return 1 + 2 * (2 * concentration).sqrt()
+
+
+def _on_the_way(total: Tensor, square: Tensor, n: int) -> Tensor:
+    """Sum of the squares of n partial sums of one chain: they grow like a random walk, or straight to a large total.
+
+    A layer need not add in a chain, but it may; one that adds block by block errs about half as much in float32.
+    """
+    return n / 2 * torch.maximum(total.square(), square)
 
 
 def _growth(n: int, u: float) -> float:
@@ -176,7 +193,8 @@ def analyse(
         )
         terms = [(routed_RMH * routing.scale).stored(unit)]
         if routing.num_zero_experts:
-            zero_KM1 = (chosen_MK + chosen_MK * real_MK * -1.0).shaped(lambda t: t.T[..., None])
+            zero_MK = Noisy.exact((ids >= routing.num_experts).double())
+            zero_KM1 = (chosen_MK * zero_MK).shaped(lambda t: t.T[..., None])
             zero_MH = (zero_KM1.summed(unit, routing.top_k) * Noisy.exact(x)).stored(unit)
             terms.append((zero_MH * routing.scale).stored(unit)[None])
         if spec.experts.latent_bias:

@@ -112,6 +112,10 @@ class Routing:
             )
         if (self.scoring_func == "sparsemixer") != (self.sparsemixer_epsilon is not None):
             raise SpecError("sparsemixer_epsilon is set exactly when scoring_func='sparsemixer'")
+        if self.sparsemixer_epsilon is not None and not 0 < self.sparsemixer_epsilon < 0.5:
+            raise SpecError(f"sparsemixer_epsilon={self.sparsemixer_epsilon}: expected above 0 and below 0.5")
+        if self.per_expert_scale and self.num_zero_experts:
+            raise SpecError("per_expert_scale with zero experts: a zero expert has no factor")
         if self.scoring_func == "sparsemixer" and self.top_k != 2:
             raise SpecError(f"scoring_func='sparsemixer' picks exactly 2 experts, got top_k={self.top_k}")
         if self.scoring_func == "sparsemixer" and (self.correction_bias or self.n_group > 1 or self.num_zero_experts):
@@ -244,6 +248,8 @@ class MoESpec:
             raise SpecError(
                 "both branches need the same num_experts and top_k: their choices are reported as one table"
             )
+        if self.vision is not None and (self.experts.latent_bias or self.vision.experts.latent_bias):
+            raise SpecError("a vision branch with latent_bias: one bias would be added to both kinds of tokens")
         if self.vision is not None and self.vision.routing.scale != self.routing.scale:
             raise SpecError("both branches need the same routed_scaling_factor")
 

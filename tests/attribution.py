@@ -15,8 +15,8 @@ from harness.execution import Run, run_system
 from harness.parts import parts
 from harness.problem import Problem, problem
 from harness.systems import System
-from reference.routes import undecided_rows
 from reference.rounding import router_error
+from reference.routes import undecided_rows
 
 # how exactly a coefficient can be read: rounding of weights is common to a whole column
 TOLERANCE = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 8e-3}

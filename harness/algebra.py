@@ -1,0 +1,212 @@
+"""Reads an output as a sum of the oracle's parts: which factor stands before each, as a product of s and tp.
+
+A least-squares fit in float64, first on whole parts, then on a rank's own share against the rest, then on each share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.parts import LETTERS, Part, parts
+from harness.problem import Problem
+from reference.spec import RouterPrecision
+
+# A residual counts as rounding within this many times the naive runs' error, scaled by the largest factor.
+RESIDUAL_LIMIT = 6.0
+# A factor is read as a symbol within this share of it (the dtype's own rounding of weights is common to a column).
+_READING = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evidence:
+    """outputs: [M, H] float64 for each rank, in units of y.    wrong_RM: the rows that need an explanation."""
+
+    given: Problem
+    outputs: Sequence[Tensor]
+    tp: int
+    precision: RouterPrecision
+    wrong_RM: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One rank's factors by part. own_only: parts of which only the rank's own share counts.
+
+    uneven: parts whose shares count differently, each rank's share with its symbol.
+    """
+
+    symbols: dict[str, str]
+    own_only: frozenset[str]
+    uneven: dict[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        """'y = s*R + tp*S', R_own where only the rank's own share counts."""
+        return f"y = {formula(self)}"
+
+    @property
+    def is_symbolic(self) -> bool:
+        """Every factor has a name; a bare number may be the best fit to something that is no sum of parts."""
+        read = [*self.symbols.values(), *(symbol for symbols in self.uneven.values() for symbol in symbols)]
+        return all(symbol == "uneven" or not _is_number(symbol) for symbol in read)
+
+
+def symbol_values(scale: float, tp: int) -> dict[str, float]:
+    """The factors that faults produce, by name, the plainest first; names that coincide with an earlier one are left out."""
+    named = {"1": 1.0, "0": 0.0}
+    if scale != 1.0:
+        named |= {"s": scale, "s^2": scale**2, "1/s": 1 / scale, "s^3": scale**3}
+    if tp > 1:
+        named |= {"tp": float(tp), "1/tp": 1 / tp, "tp^2": float(tp**2)}
+        if scale != 1.0:
+            named |= {
+                "s*tp": scale * tp,
+                "s/tp": scale / tp,
+                "s^2*tp": scale**2 * tp,
+                "tp/s": tp / scale,
+                "s*tp^2": scale * tp**2,
+            }
+    named |= {"2": 2.0, "-1": -1.0, "1/2": 0.5}
+    if scale != 1.0:
+        named |= {"2*s": 2 * scale, "-s": -scale, "s/2": scale / 2}
+    distinct: dict[str, float] = {}
+    for name, value in named.items():
+        if all(not math.isclose(value, other, rel_tol=1e-9, abs_tol=1e-12) for other in distinct.values()):
+            distinct[name] = value
+    return distinct
+
+
+def law(given: Problem, tp: int) -> dict[str, str]:
+    """The lawful symbol of each part that exists."""
+    s = "s" if given.spec.scale != 1.0 else "1"
+    return {part.name: s if part.scaled else "1" for part in parts(given, tp)}
+
+
+def lawful_reading(given: Problem, tp: int) -> Reading:
+    return Reading(law(given, tp), frozenset(), {})
+
+
+def is_lawful(reading: Reading, lawful: Reading) -> bool:
+    return not reading.own_only and not reading.uneven and reading.symbols == lawful.symbols
+
+
+def read_whole(evidence: Evidence, rank: int) -> Reading | None:
+    """The factors of whole parts in one rank's output; None if no such sum explains it within rounding."""
+    return _fit(evidence, rank, _whole(parts(evidence.given, evidence.tp)))
+
+
+def read_shares(evidence: Evidence, rank: int) -> Reading | None:
+    """The factors of each rank's share, where whole parts do not explain the output: own against rest, then each alone."""
+    if evidence.tp == 1:
+        return None
+    columns = parts(evidence.given, evidence.tp)
+    return _fit(evidence, rank, _own_and_rest(columns, rank)) or _fit(evidence, rank, _shares(columns))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Column:
+    """One unknown factor. shards: the ranks whose share it covers, None where every rank holds the part."""
+
+    name: str
+    shards: frozenset[int] | None
+    value_MH: Tensor
+
+
+def _whole(columns: Sequence[Part]) -> list[_Column]:
+    return _joined(columns, lambda part: "")
+
+
+def _own_and_rest(columns: Sequence[Part], rank: int) -> list[_Column]:
+    return _joined(columns, lambda part: "own" if part.shard == rank else "rest")
+
+
+def _shares(columns: Sequence[Part]) -> list[_Column]:
+    return _joined(columns, lambda part: str(part.shard))
+
+
+def _joined(columns: Sequence[Part], key: Callable[[Part], str]) -> list[_Column]:
+    groups: dict[tuple[str, str], list[Part]] = {}
+    for part in columns:
+        groups.setdefault((part.name, key(part)), []).append(part)
+    joined = []
+    for (name, _), members in groups.items():
+        held = [part.shard for part in members if part.shard is not None]
+        total = torch.stack([part.value_MH for part in members]).sum(0)
+        joined.append(_Column(name, frozenset(held) if held else None, total))
+    return joined
+
+
+def _fit(evidence: Evidence, rank: int, columns: Sequence[_Column]) -> Reading | None:
+    given, tp = evidence.given, evidence.tp
+    target = evidence.outputs[rank] / given.spec.output.share
+    if target.shape[0] == 0 or not columns or target.numel() < 2 * len(columns):
+        return None
+    matrix = torch.stack([column.value_MH.flatten() for column in columns], 1)
+    solved = torch.linalg.lstsq(matrix, target.flatten()[:, None], driver="gelsd").solution[:, 0]
+    naive_M = given.naive_error(tp, evidence.precision) / given.spec.output.share
+    residual_M = (target - (matrix @ solved).view_as(target)).norm(dim=-1)
+    growth = max(1.0, float(solved.abs().max()) / max(1.0, given.spec.scale))
+    if not bool((residual_M <= RESIDUAL_LIMIT * growth * (naive_M + naive_M.mean())).all()):
+        return None
+    noise = float(naive_M.norm()) * growth / math.sqrt(target.numel())
+    spread = torch.linalg.pinv(matrix.T @ matrix).diagonal().clamp(min=0).sqrt() * noise
+    if bool((6 * spread > 0.2).any()):
+        return None  # the tokens do not determine every factor
+    names = symbol_values(given.spec.scale, tp)
+    read: dict[str, list[tuple[frozenset[int] | None, str]]] = {}
+    for column, value, deviation in zip(columns, solved.tolist(), spread.tolist(), strict=True):
+        read.setdefault(column.name, []).append((column.shards, fit_symbol(value, deviation, names, given.dtype)))
+    return _read(read, rank, tp)
+
+
+def _read(read: dict[str, list[tuple[frozenset[int] | None, str]]], rank: int, tp: int) -> Reading:
+    symbols, own_only, uneven = {}, set(), {}
+    mine = frozenset({rank})
+    for name, factors in read.items():
+        own = [symbol for shards, symbol in factors if shards == mine]
+        others = {symbol for shards, symbol in factors if shards != mine}
+        if len({symbol for _, symbol in factors}) == 1:
+            symbols[name] = factors[0][1]
+        elif own and others == {"0"}:
+            symbols[name] = own[0]
+            own_only.add(name)
+        else:
+            symbols[name] = "uneven"
+            by_shard = {shard: symbol for shards, symbol in factors for shard in shards or ()}
+            uneven[name] = tuple(by_shard.get(shard, "0") for shard in range(tp))
+    return Reading(symbols, frozenset(own_only), uneven)
+
+
+def fit_symbol(value: float, deviation: float, names: dict[str, float], dtype: torch.dtype) -> str:
+    """The name of a factor within the noise of its measurement, else the number."""
+    nearest = min(names, key=lambda name: abs(names[name] - value))
+    reach = max(6 * deviation, _READING[dtype] * max(abs(names[nearest]), 0.05))
+    return nearest if abs(names[nearest] - value) <= reach else f"{value:.3g}"
+
+
+def formula(reading: Reading) -> str:
+    """'s*R + tp*S'."""
+    terms = []
+    for name, symbol in reading.symbols.items():
+        letter = LETTERS[name]
+        if name in reading.own_only:
+            letter += "_own"
+        if name in reading.uneven:
+            terms.append(f"[{', '.join(reading.uneven[name])}]*{letter}_r")
+        elif symbol == "1":
+            terms.append(letter)
+        elif symbol != "0":
+            terms.append(f"{symbol}*{letter}")
+    return " + ".join(terms) or "0"
+
+
+def _is_number(symbol: str) -> bool:
+    try:
+        float(symbol)
+    except ValueError:
+        return False
+    return symbol not in ("0", "1", "2", "-1")
