@@ -6,7 +6,7 @@ A least-squares fit in float64, first on whole parts, then on a rank's own share
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +24,17 @@ _READING = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
-    """outputs: [M, H] float64 for each rank, in units of y.    wrong_RM: the rows that need an explanation."""
+    """outputs: [M, H] float64 for each rank, in units of y.    wrong_RM: the rows that need an explanation.
+
+    stages: what rank 0's layer tells of its call, where it tells anything: logits, topk_ids, topk_weights.
+    """
 
     given: Problem
     outputs: Sequence[Tensor]
     tp: int
     precision: RouterPrecision
     wrong_RM: Tensor
+    stages: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -128,18 +128,15 @@ def _collectives() -> Iterator[Measured]:
 def _main_job() -> tuple[float, int, int]:
     """Seconds, peak bytes and cases of `check`. Memory is the proportional share of all its processes together."""
     started = time.perf_counter()
-    process = subprocess.Popen([*_COMMAND, "check", "--json"], stdout=subprocess.PIPE, text=True)
-    peak = 0
-    assert process.stdout is not None
-    lines = 0
-    os.set_blocking(process.stdout.fileno(), False)
-    while process.poll() is None:
-        peak = max(peak, _tree_bytes(process.pid))
-        lines += (process.stdout.read() or "").count("\n")
-        time.sleep(0.05)
-    spent = time.perf_counter() - started
-    lines += (process.stdout.read() or "").count("\n")
-    return spent, peak, lines
+    with tempfile.TemporaryFile() as findings:
+        process = subprocess.Popen([*_COMMAND, "check", "--json"], stdout=findings)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, _tree_bytes(process.pid))
+            time.sleep(0.05)
+        spent = time.perf_counter() - started
+        findings.seek(0)
+        return spent, peak, findings.read().count(b"\n")
 
 
 def _tree_bytes(root: int) -> int:

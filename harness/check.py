@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from harness import known
 from harness.algebra import Evidence
 from harness.case import Case
@@ -62,7 +64,8 @@ def judge(case: Case, system: System, given: Problem, run: Run) -> Finding:
             )
         return _finding(case, system, Verdict.OK, compared)
     outputs = [out.output.double() / unit for out in run.ranks]
-    cause = diagnose(Evidence(given, outputs, tp, precision, compared.wrong_RM))
+    stages: dict[str, Tensor] = getattr(run.ranks[0].layer, "stages", dict)()
+    cause = diagnose(Evidence(given, outputs, tp, precision, compared.wrong_RM, stages))
     if entry is None:
         return _found(case, system, Verdict.MISMATCH, compared, cause)
     if known.agrees(entry, cause.coefficients, case, given):

@@ -92,9 +92,10 @@ def _plain_cause(evidence: Evidence) -> Diagnosis | None:
         output = evidence.outputs[bad[0]]
         rows = (~output.isfinite()).any(-1).nonzero()[:, 0]
         kind = "NaN" if bool(output.isnan().any()) else "infinity"
+        stage, why = _first_extreme_stage(evidence, int(rows[0]))
         return Diagnosis(
-            f"{kind} in {len(rows)} of {len(output)} rows, first in token {int(rows[0])}, on {ranks_text(bad)}; "
-            "the oracle is finite everywhere", "G5" if kind == "NaN" else "D12",
+            f"{kind} in {len(rows)} of {len(output)} rows, first in token {int(rows[0])}, on {ranks_text(bad)}; {why}",
+            "G5" if kind == "NaN" else "D12", stage,
         )  # fmt: skip
     zero = [r for r, output in enumerate(evidence.outputs) if not bool(output.any())]
     if len(zero) == len(evidence.outputs):
@@ -104,6 +105,20 @@ def _plain_cause(evidence: Evidence) -> Diagnosis | None:
             coefficients={"routed": "0", "shared": "0"},
         )
     return None
+
+
+def _first_extreme_stage(evidence: Evidence, row: int) -> tuple[str, str]:
+    """Where a token's numbers first leave all measure, as far as the layer tells, and how they compare with the law's."""
+    stages = evidence.given.stages
+    lawful = {"logits": stages.logits_ME, "topk_weights": stages.topk_weights_MK}
+    for name, law_M in lawful.items():
+        told = evidence.stages.get(name)
+        if told is None or told.shape[0] <= row:
+            continue
+        worst, usual = float(told[row].double().abs().max()), float(law_M[row].abs().max())
+        if not worst <= 1e3 * max(usual, 1.0) * max(evidence.given.spec.scale, 1.0):
+            return name, f"at {name} its largest is {worst:.3g} where the law has {usual:.3g}"
+    return "output", "the oracle is finite everywhere"
 
 
 def _algebra_sentence(evidence: Evidence, readings: Sequence[Reading]) -> Diagnosis:

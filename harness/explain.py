@@ -70,7 +70,7 @@ def _measured(case: Case, system: System, given: Problem, run: Run) -> Iterator[
     yield "errors: " + ", ".join(f"{name} {value}" for name, value in compared.figures().items())
     yield f"attribution (law: {', '.join(f'{name} x {symbol}' for name, symbol in law(given, tp).items())}):"
     for rank in range(tp):
-        evidence = Evidence(given, outputs, tp, precision, compared.wrong_RM)
+        evidence = Evidence(given, outputs, tp, precision, compared.wrong_RM, {})
         reading = read_whole(evidence, rank) or read_shares(evidence, rank)
         yield f"  rank {rank}: {'no sum of the parts explains this output' if reading is None else reading}"
 

@@ -38,17 +38,17 @@ def problem(case: Case) -> Problem:
     return _problem(case.spec, case.dtype, case.tokens, case.seed)
 
 
-# Twins take 0.2 MB a dtype; the sizes cover the cases of one model, so a matrix that goes model by model misses once.
-@functools.lru_cache(maxsize=24)
+# A twin's weights take 0.2 MB a dtype and its stages less: all twins of a matrix fit.
+@functools.lru_cache(maxsize=256)
 def _problem(spec: MoESpec, dtype: str, tokens: int, seed: int) -> Problem:
     with torch.inference_mode():
         weights = _weights(spec, dtype, seed)
-        rows = make_tokens(spec, tokens, seed, DTYPES[dtype])
+        rows = _tokens(spec, dtype, tokens, seed)
         stages = forward(spec, weights, rows.hidden_states, is_vision_M=rows.is_vision)
     return Problem(spec, DTYPES[dtype], weights, rows, stages)
 
 
-@functools.lru_cache(maxsize=6)
+@functools.lru_cache(maxsize=96)
 def _weights(spec: MoESpec, dtype: str, seed: int) -> dict[str, Tensor]:
     if dtype == "fp32":
         return make_weights(spec, seed, DTYPES[dtype])
@@ -56,7 +56,12 @@ def _weights(spec: MoESpec, dtype: str, seed: int) -> dict[str, Tensor]:
     return {name: t if name.endswith("e_score_correction_bias") else t.to(DTYPES[dtype]) for name, t in exact.items()}
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=256)
+def _tokens(spec: MoESpec, dtype: str, tokens: int, seed: int) -> Tokens:
+    return make_tokens(spec, tokens, seed, DTYPES[dtype])
+
+
+@functools.lru_cache(maxsize=2048)
 def _naive_error(given: Problem, tp: int, precision: RouterPrecision) -> Tensor:
     with torch.inference_mode():
         x_MH, is_vision_M = given.tokens.hidden_states, given.tokens.is_vision
@@ -65,6 +70,6 @@ def _naive_error(given: Problem, tp: int, precision: RouterPrecision) -> Tensor:
 
 
 def forget_oracle() -> None:
-    """Drop what the oracle and the naive runs computed; the weights stay. For benchmarks."""
+    """Drop what the oracle and the naive runs computed; weights and tokens stay. For benchmarks."""
     _problem.cache_clear()
     _naive_error.cache_clear()

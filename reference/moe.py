@@ -65,7 +65,7 @@ def forward(
     Raises SpecError if a tensor is missing or has another shape.
     """
     _check_shapes(spec, weights, hidden_states_MH, is_vision_M)
-    weights = {name: tensor.double() for name, tensor in weights.items()}
+    weights = {name: t if name.endswith(("w13", "w2")) else t.double() for name, t in weights.items()}
     x_MH = hidden_states_MH.double()
     if spec.vision is None or is_vision_M is None:
         branch = _branch(spec.routing, spec.experts, weights, x_MH, choice)
@@ -230,29 +230,31 @@ def routed_experts(
 ) -> Tensor:
     """Sum weight_e * expert_e(x) over the chosen experts: R in the experts' own width [M, L], without s.
 
-    A zero weight stands for a zero expert, whose id has no row in w13.
+    A slot t is one token in one expert, T = M * K of them; they are sorted by expert, so that each expert is read once.
+    Zero experts have no weights and no part in R.
     """
-    routed_ML = torch.zeros_like(x_ML)
-    for e in range(routing.num_experts):
-        rows, slots = (topk_ids_MK == e).nonzero(as_tuple=True)
-        if rows.numel() == 0:
-            continue
-        weight_m1 = topk_weights_MK[rows, slots, None]
-        x_mL = x_ML[rows] * weight_m1 if routing.weight_on == "input" else x_ML[rows]
-        y_mL = _expert(x_mL, weights, e, experts)
-        routed_ML.index_add_(0, rows, y_mL if routing.weight_on == "input" else y_mL * weight_m1)
-    return routed_ML
-
-
-def _expert(x_mL: Tensor, weights: Mapping[str, Tensor], e: int, experts: Experts) -> Tensor:
-    w13, w2 = weights["w13"][e], weights["w2"][e]
-    if experts.transposed:
-        w13, w2 = w13.T, w2.T
-    h = x_mL @ w13.T
+    expert_T, order_T = topk_ids_MK.flatten().sort()
+    real_T = expert_T < routing.num_experts
+    expert_T, order_T = expert_T[real_T], order_T[real_T]
+    token_T, weight_T1 = order_T // topk_ids_MK.shape[1], topk_weights_MK.flatten()[order_T, None]
+    x_TL = x_ML[token_T] * weight_T1 if routing.weight_on == "input" else x_ML[token_T]
+    h_TN = _each_expert(x_TL, expert_T, weights["w13"].mT if experts.transposed else weights["w13"])
     if experts.bias:
-        h = h + weights["b13"][e]
-    y_mL = activate(*_halves(h, experts), experts.activation) @ w2.T
-    return y_mL + weights["b2"][e] if experts.bias else y_mL
+        h_TN = h_TN + weights["b13"][expert_T]
+    a_TI = activate(*_halves(h_TN, experts), experts.activation)
+    y_TL = _each_expert(a_TI, expert_T, weights["w2"].mT if experts.transposed else weights["w2"])
+    if experts.bias:
+        y_TL = y_TL + weights["b2"][expert_T]
+    y_TL = y_TL if routing.weight_on == "input" else y_TL * weight_T1
+    return torch.zeros_like(x_ML).index_add(0, token_T, y_TL)
+
+
+def _each_expert(rows_T: Tensor, expert_T: Tensor, matrices_E: Tensor) -> Tensor:
+    """Multiply each row by the matrix of its expert; rows of one expert stand together."""
+    ids, counts = expert_T.unique_consecutive(return_counts=True)
+    runs = zip(ids.tolist(), rows_T.split(counts.tolist()), strict=True)
+    products = [rows @ matrices_E[e].double().T for e, rows in runs]
+    return torch.cat(products) if products else rows_T.new_zeros(0, matrices_E.shape[1])
 
 
 def _halves(h: Tensor, experts: Experts) -> tuple[Tensor, Tensor | None]:
@@ -284,11 +286,11 @@ def activate(gate: Tensor, up: Tensor | None, rule: Activation) -> Tensor:
 
 def shared_experts(x_MH: Tensor, weights: Mapping[str, Tensor], shared: Shared) -> Tensor:
     """S: one MLP over the untransformed token, gated by a sigmoid of its own where the model has one."""
-    h = x_MH @ weights["shared_w13"].T
+    h = x_MH @ weights["shared_w13"].double().T
     if shared.bias:
         h = h + weights["shared_b13"]
     gate, up = h.chunk(2, -1) if shared.activation.gated else (h, None)
-    y_MH = activate(gate, up, shared.activation) @ weights["shared_w2"].T
+    y_MH = activate(gate, up, shared.activation) @ weights["shared_w2"].double().T
     if shared.bias:
         y_MH = y_MH + weights["shared_b2"]
     return y_MH * torch.sigmoid(x_MH @ weights["shared_gate"].T) if shared.sigmoid_gate else y_MH

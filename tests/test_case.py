@@ -205,7 +205,7 @@ def test_a_seed_has_to_fit_the_64_bits_of_a_key():
     assert refusal(f"mixtral@seed{2**64}") == f"seed={2**64}: expected 0 to 2**64 - 1, the keys of Philox"
 
 
-@pytest.mark.parametrize("field", ["tp", "ep", "tokens", "seed"])
+@pytest.mark.parametrize("field", ["tp", "seed"])
 def test_a_number_longer_than_python_reads_is_refused_like_any_other(field):
     assert len(refusal(f"mixtral@{field}{'9' * 5000}")) > 0
 

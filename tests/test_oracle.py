@@ -246,7 +246,7 @@ def routings(draw: st.DrawFn) -> Routing:
     norm = draw(st.sampled_from([None, 1e-6, 0.5]))
     rule = replace(ROUTING, per_expert_scale=per_expert_scale, router_bias=router_bias, router_norm_epsilon=norm)
     if scoring_func == "sparsemixer":
-        count, epsilon = draw(st.integers(2, 6)), draw(st.sampled_from([0.01, 0.5]))
+        count, epsilon = draw(st.integers(2, 6)), draw(st.sampled_from([0.01, 0.375]))
         return replace(rule, num_experts=count, scoring_func=scoring_func, sparsemixer_epsilon=epsilon)
     group_score = draw(st.sampled_from(["max", "top2"]))
     n_group, group_size = draw(st.integers(1, 3)), draw(st.integers(2, 3))
@@ -507,7 +507,7 @@ def test_sparsemixer_weighs_each_pick_among_the_logits_close_to_it():
 
 
 def test_sparsemixer_measures_closeness_by_the_larger_of_both_logits():
-    rules = {"scoring_func": "sparsemixer", "sparsemixer_epsilon": 0.5}
+    rules = {"scoring_func": "sparsemixer", "sparsemixer_epsilon": 0.375}
     assert route([1.0, -1.0], **rules)[1] == [1.0, 1.0]  # 2 apart is 200 % of 1
     chance = math.e**2 / (math.e**2 + 1)
     assert route([-1.0, -3.0], **rules) == ([0, 1], pytest.approx([chance, 1.0]))  # 2 apart is 67 % of 3
@@ -627,6 +627,13 @@ def test_a_zero_expert_returns_its_input_times_its_weight_and_s():
     router = {"router_bias": logs(3, 1, 1)}
     assert run_one(spec, 8.0, **router) == pytest.approx(2 * (0.5 + 0.5) * 8)
     assert run_one(spec, 8.0, **router, w13=1.0, w2=1.0) == pytest.approx(2 * (0.75 * 64 + 8))
+
+
+@pytest.mark.parametrize("weight_on", ["input", "output"])
+def test_a_zero_expert_brings_in_no_bias_of_another_expert(weight_on):
+    spec = one_expert(activation=RELU2, bias=True)
+    spec = replace(spec, routing=replace(spec.routing, num_zero_experts=1, weight_on=weight_on))
+    assert run_one(spec, 8.0, router_bias=logs(1, 3), b13=5.0, w2=1.0, b2=7.0) == pytest.approx(0.75 * 8)
 
 
 def test_shared_experts_may_have_biases_and_a_gate_of_their_own():

@@ -92,6 +92,15 @@ REFUSED = [
         "sparsemixer_epsilon is set exactly when scoring_func='sparsemixer'",
     ),
     (ROUTING, {"sparsemixer_epsilon": 0.01}, "sparsemixer_epsilon is set exactly when scoring_func='sparsemixer'"),
+    *(
+        (SPARSEMIXER, {"sparsemixer_epsilon": width}, f"sparsemixer_epsilon={width}: expected above 0 and below 0.5")
+        for width in (0.0, 0.5)
+    ),
+    (
+        ROUTING,
+        {"per_expert_scale": True, "num_zero_experts": 1},
+        "per_expert_scale with zero experts: a zero expert has no factor",
+    ),
     (SPARSEMIXER, {"top_k": 3}, "scoring_func='sparsemixer' picks exactly 2 experts, got top_k=3"),
     *(
         (SPARSEMIXER, change, "scoring_func='sparsemixer' has neither correction bias, groups nor zero experts")
@@ -129,13 +138,18 @@ REFUSED = [
     ),
     (
         SPEC,
+        {"vision": VISION, "experts": replace(EXPERTS, latent_size=3, latent_bias=True)},
+        "a vision branch with latent_bias: one bias would be added to both kinds of tokens",
+    ),
+    (
+        SPEC,
         {"vision": replace(VISION, routing=replace(ROUTING, routed_scaling_factor=2.5))},
         "both branches need the same routed_scaling_factor",
     ),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("good", "change", "sentence"), REFUSED, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("good", "change", "sentence"), REFUSED, ids=[sentence[:60] for *_, sentence in REFUSED])
 def test_a_spec_that_no_layer_can_follow_is_refused_in_one_sentence(good, change, sentence):
     with pytest.raises(SpecError) as caught:
         replace(good, **change)
@@ -153,8 +167,7 @@ def test_every_refusal_in_the_file_has_an_example_here():
         try:
             replace(good, **change)
         except SpecError as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            seen |= {line for line in refusals if line <= frame.lineno <= (frame.end_lineno or line)}
+            seen.add(traceback.extract_tb(error.__traceback__)[-1].lineno)
     assert refusals - seen == set(), "raised at these lines of spec.py, and nobody shows how"
 
 

@@ -77,10 +77,11 @@ def _gate_up_rows(stored: Tensor, experts: Experts, start: int, count: int) -> T
     """Rows start to start + count of the gate half and of the up half, gate first."""
     if not experts.activation.gated:
         return stored[:, start : start + count]
+    count_E, width = stored.shape[0], experts.intermediate_size
     if experts.layout == "interleaved":
-        halves = stored.unflatten(1, (-1, 2)).transpose(1, 2)
+        halves = stored.reshape(count_E, width, 2, *stored.shape[2:]).transpose(1, 2)
     else:
-        halves = stored.unflatten(1, (2, -1))
+        halves = stored.reshape(count_E, 2, width, *stored.shape[2:])
     return halves[:, :, start : start + count].flatten(1, 2)
 
 
@@ -117,8 +118,8 @@ def _act(x: Tensor, rule: Activation) -> Tensor:
 class TorchExperts:
     """The kernel in plain torch. It may be told to reduce, to scale or to run the shared experts in its finalize.
 
-    All experts see all tokens and a mask keeps what was routed: at these sizes faster than gathering, and a NaN in the
-    row of one token cannot reach another. Rounding: one to the dtype after each product, the weight before it.
+    All experts see all tokens and each slot takes the row it was routed to: at these sizes faster than gathering weights.
+    Rounding: one to the dtype after each product, the weight before it.
     """
 
     writes_input = False
@@ -152,23 +153,19 @@ class TorchExperts:
 
     def _experts(self, x_MP: Tensor, weights_MK: Tensor, ids_MK: Tensor) -> Tensor:
         experts = self.weights
-        count, dtype = experts.w13_EnP.shape[0], x_MP.dtype
+        rows, count, dtype = x_MP.shape[0], experts.w13_EnP.shape[0], x_MP.dtype
         if experts.weight_on_input:
             x_MP = (x_MP * weights_MK).to(dtype)
             weights_MK = torch.ones_like(weights_MK)
-        # id -1 is no expert: it lands in an extra column that is cut off
-        slots_MK = torch.where(ids_MK < 0, count, ids_MK)
-        empty_Me = weights_MK.new_zeros(x_MP.shape[0], count + 1)
-        weights_ME1 = empty_Me.scatter(1, slots_MK, weights_MK)[:, :count, None]
-        routed_ME1 = empty_Me.bool().scatter(1, slots_MK, True)[:, :count, None]
-        h_MEn = (x_MP.float() @ self._w13_Pm).unflatten(1, (count, -1))
+        h_MEn = (x_MP.float() @ self._w13_Pm).view(rows, *experts.w13_EnP.shape[:2])
         if experts.b13_En is not None:
             h_MEn = h_MEn + experts.b13_En.float()
         a_MEi = activate(h_MEn.to(dtype), experts.activation)
-        y_MEP = torch.bmm(a_MEi.float().transpose(0, 1), self._w2_EiP).transpose(0, 1)
+        y_EMP = torch.bmm(a_MEi.float().transpose(0, 1), self._w2_EiP)
         if experts.b2_EP is not None:
-            y_MEP = y_MEP + experts.b2_EP.float()
-        y_MEP = torch.where(routed_ME1, y_MEP * weights_ME1, 0.0)
+            y_EMP += experts.b2_EP.float()[:, None, :]
+        y_MKP = y_EMP[ids_MK.clamp(min=0), torch.arange(rows)[:, None]] * weights_MK[:, :, None]
+        y_MKP = torch.where(ids_MK[:, :, None] < 0, 0.0, y_MKP)  # id -1 is no expert
         if dtype is not torch.float32:
-            y_MEP = y_MEP.to(dtype).float()
-        return y_MEP.sum(1).to(dtype)
+            y_MKP = y_MKP.to(dtype).float()
+        return y_MKP.sum(1).to(dtype)

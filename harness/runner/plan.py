@@ -7,6 +7,7 @@ routed scaling factor, tp the size of the tensor-parallel group.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -106,8 +107,12 @@ class OutputPlan:
         return early + self.final_all_reduce
 
 
+@functools.lru_cache(maxsize=1024)
 def plan_output(layer: LayerFacts, call: CallFacts) -> OutputPlan:
-    """Decide who scales and who reduces. Source: the decision tables of vLLM 0.32's runner, each cell a table test."""
+    """Decide who scales and who reduces; pure, so an equal question gets the remembered answer.
+
+    Source: the decision tables of vLLM 0.32's runner, each cell a table test.
+    """
     routed = _routed_reduced(layer, call)
     in_units = _in_units_of_s(layer, call)
     return OutputPlan(

@@ -89,7 +89,7 @@ class GroupedTopKRouter:
         rule = self.routing
         scores_ME = _scores(router_logits_ME, rule)
         ranked_ME = scores_ME if self.bias_E is None else scores_ME + self.bias_E
-        ranked_MGE = ranked_ME.unflatten(1, (rule.n_group, -1))
+        ranked_MGE = ranked_ME.view(*ranked_ME.shape[:-1], rule.n_group, ranked_ME.shape[-1] // rule.n_group)
         best = 2 if rule.group_score == "top2" else 1
         group_MG = ranked_MGE.topk(best, -1).values.sum(-1)
         kept_MG = torch.zeros_like(group_MG, dtype=torch.bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -47,7 +48,7 @@ def planning(**changes: object) -> Plant:
         right = layer.runner.plan
 
         def wrong(dtype: torch.dtype, width: int):
-            plan = right(dtype, width)
+            plan = copy.copy(right(dtype, width))
             for name, value in changes.items():
                 object.__setattr__(plan, name, value)
             return plan
