@@ -46,7 +46,12 @@ def _finding(outcome: Outcome, case: Case) -> Finding:
         finding: Finding = outcome.payload
         return finding
     verdict = Verdict.MISMATCH if outcome.kind in ("died", "hung") else Verdict.COULD_NOT_RUN
+    told = str(outcome.payload)
+    figures: dict[str, object] = {}
+    if outcome.kind == "raised":
+        figures = {"traceback": told}
+        told = f"a defect of the harness, not of the layer: {told.strip().splitlines()[-1]}"
     return Finding(
-        case=str(case), model=case.model, system=outcome.system, verdict=verdict, stage="call",
-        diagnosis=str(outcome.payload), repro=repro_command(case, outcome.system),
+        case=str(case), model=case.model, system=outcome.system, verdict=verdict, stage="call", diagnosis=told,
+        figures=figures, repro=repro_command(case, outcome.system),
     )  # fmt: skip

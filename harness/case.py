@@ -131,7 +131,7 @@ def parse(text: str) -> Case:
     found: dict[str, Any] = {}
     sizes: dict[str, Any] = {}
     for part in middle.split(".") if at else []:
-        number = re.fullmatch(r"(tp|ep|dp|sp|tokens|seed)([0-9]+)", part)
+        number = re.fullmatch(r"(tp|ep|dp|sp|tokens|seed)([0-9]{1,20})", part)
         if part in DTYPES:
             _put(found, "dtype", part, text)
         elif number and number[1] in ("tokens", "seed"):

@@ -6,10 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from harness import __version__
 from harness.case import DTYPES, OPTIONS, parse
-from harness.errors import HarnessError, UsageError
+from harness.errors import HarnessError, UsageError, unknown
 
 SYSTEM_HELP = "runner, legacy, transformers, or your own: path/to/file.py:build or package.module:build"
 
@@ -30,11 +31,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left, as `| head` does
         return 0
+    except Exception as error:
+        if os.environ.get("MOE_HARNESS_DEBUG"):
+            raise
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"moe-harness: a defect of the harness: {told}", file=sys.stderr)
+        print("  nothing can be concluded from this run; MOE_HARNESS_DEBUG=1 shows where it happened", file=sys.stderr)
+        return HarnessError.exit_code
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}. See {self.prog} --help")
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """As argparse does, but an unknown option is answered with the nearest ones of its verb."""
+        known, rest = self.parse_known_args(args, namespace)
+        if rest:
+            verb = getattr(known, "parser", self)
+            options = [
+                option for action in verb._actions for option in action.option_strings if option.startswith("--")
+            ]
+            raise unknown("option", rest[0].partition("=")[0], options, f"{verb.prog} --help")
+        return known
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +98,7 @@ def _check_parser(verbs: argparse._SubParsersAction) -> None:  # type: ignore[ty
     check.add_argument(
         "--limit", type=float, default=10.0, help="seconds a single case may take before its layer counts as hung"
     )
-    check.set_defaults(verb=_check)
+    check.set_defaults(verb=_check, parser=check)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -103,8 +122,8 @@ def _check(arguments: argparse.Namespace) -> int:
         batches = selection.of_cases([parse(text) for text in arguments.cases], systems)
     else:
         batches = selection.select(request)
-    if arguments.limit <= 0:
-        raise UsageError(f"--limit {arguments.limit:g}: expected seconds above 0")
+    if not 0 < arguments.limit < float("inf"):
+        raise UsageError(f"--limit {arguments.limit:g}: expected a number of seconds above 0")
     jobs = arguments.jobs if arguments.jobs is not None else min(os.cpu_count() or 1, len(batches))
     with Progress(sum(len(batch.cases) for batch in batches)) as progress:
 
@@ -125,7 +144,7 @@ def _models_parser(verbs: argparse._SubParsersAction) -> None:  # type: ignore[t
     )
     listing.add_argument("names", nargs="*", metavar="MODEL", help="show whole pages instead of the table")
     listing.add_argument("--json", action="store_true", help="one JSON object a model")
-    listing.set_defaults(verb=_models)
+    listing.set_defaults(verb=_models, parser=listing)
 
 
 def _models(arguments: argparse.Namespace) -> int:
@@ -141,7 +160,7 @@ def _explain_parser(verbs: argparse._SubParsersAction) -> None:  # type: ignore[
     )
     explain.add_argument("case", metavar="CASE")
     explain.add_argument("--system", default="runner", help=SYSTEM_HELP)
-    explain.set_defaults(verb=_explain)
+    explain.set_defaults(verb=_explain, parser=explain)
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -157,7 +176,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 def _bench_parser(verbs: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
     bench = verbs.add_parser("bench", help="speed of the harness, measured on this machine, beside its limits")
     bench.add_argument("--json", action="store_true", help="one JSON object a figure")
-    bench.set_defaults(verb=_bench)
+    bench.set_defaults(verb=_bench, parser=bench)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Everything that stops a run, with the exit code each one carries.
 
-    HarnessError
+    HarnessError (3)
     |-- UsageError (2)            what was asked for cannot be done; says what came, what fits, what to type
     |-- CouldNotRun (3)           a system could not be imported or built: lost coverage, never a pass
     `-- CollectiveMismatch        ranks disagree about a collective; becomes a finding in check.py
@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 
 
 class HarnessError(Exception):
-    """Base of all errors of the harness."""
+    """Base of all errors of the harness; by itself a defect of ours, from which nothing can be concluded."""
 
-    exit_code = 1
+    exit_code = 3
 
 
 class UsageError(HarnessError):

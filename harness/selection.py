@@ -91,11 +91,11 @@ def _placements(page: models.Model, system: str) -> list[Case]:
 
 def select(request: Request) -> list[Batch]:
     """The batches of a request. UsageError if a combination cannot exist, or if none is left."""
-    systems = request.systems or SYSTEMS
+    systems = tuple(dict.fromkeys(request.systems or SYSTEMS))
     if request.is_main_job:
         return main_job(systems)
     batches = []
-    for model, system in itertools.product(request.models or _models_for(request), systems):
+    for model, system in itertools.product(dict.fromkeys(request.models or _models_for(request)), systems):
         cases = _product(model, request, system)
         if cases:
             batches.append(Batch(system, tuple(cases)))
@@ -106,7 +106,7 @@ def select(request: Request) -> list[Batch]:
 
 def of_cases(cases: Sequence[Case], systems: Sequence[str] | None) -> list[Batch]:
     """The same cases for each system."""
-    return [Batch(system, tuple(cases)) for system in systems or SYSTEMS]
+    return [Batch(system, tuple(dict.fromkeys(cases))) for system in dict.fromkeys(systems or SYSTEMS)]
 
 
 def _models_for(request: Request) -> tuple[str, ...]:
@@ -120,19 +120,28 @@ def _models_for(request: Request) -> tuple[str, ...]:
 
 
 def _product(model: str, request: Request, system: str) -> list[Case]:
-    tp_sizes = request.tp or ((1,) if system == "transformers" else TP_SIZES)
+    named = dict(request.options)
+    tp_sizes = request.tp or ((1,) if system == "transformers" else _fitting(model, named.get("size", ("twin",))))
     grids = [
         Grid(tp=tp, ep=ep, dp=dp, sp=sp)
         for tp, ep, dp, sp in itertools.product(tp_sizes, request.ep or (1,), request.dp or (1,), request.sp or (1,))
     ]
     if system == "transformers" and request.tp is not None:
         grids = [grid for grid in grids if grid.tp == 1]
-    named = dict(request.options)
     choices = [named.get(name, values[:1]) for name, (values, _) in OPTIONS.items()]
-    return [
+    cases = [
         Case(model=model, grid=grid, dtype=dtype, tokens=tokens, seed=seed, **dict(zip(OPTIONS, chosen, strict=True)))
         for dtype, tokens, seed, grid, chosen in itertools.product(
             request.dtypes or DTYPES, request.tokens if request.tokens is not None else TOKENS, request.seeds or (0,), grids,
             itertools.product(*choices),
         )
     ]  # fmt: skip
+    return list(dict.fromkeys(cases))
+
+
+def _fitting(model: str, sizes: Sequence[str]) -> tuple[int, ...]:
+    """The default TP sizes that divide the layer, where none was asked for."""
+    page = models.load(model)
+    specs = [spec for size in sizes if (spec := {"twin": page.twin, "wide": page.wide, "real": page.real}.get(size))]
+    widths = [width for spec in specs for width in spec.tp_widths().values()]
+    return tuple(tp for tp in TP_SIZES if all(width % tp == 0 for width in widths))

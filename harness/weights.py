@@ -73,7 +73,8 @@ def make_tokens(spec: MoESpec, tokens: int, seed: int, dtype: torch.dtype, devic
 def _offset_and_width(spec: MoESpec, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     bare = name.removeprefix("vision_")
     if bare == "e_score_correction_bias":
-        return _CORRECTION_OFFSET, _CORRECTION_WIDTH[spec.routing.scoring_func]
+        routing = spec.vision.routing if spec.vision and name != bare else spec.routing
+        return _CORRECTION_OFFSET, _CORRECTION_WIDTH[routing.scoring_func]
     if bare in _VECTORS:
         return _VECTORS[bare]
     if bare == "router_scale":  # the router multiplies by H**-0.5 as well: about 1 together

@@ -15,6 +15,9 @@ ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu2"]
 Precision = Literal["fp32", "model"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "logits": ("fp32", "model"),
+    "scores": ("fp32", "model"),
+    "weights": ("fp32", "model"),
     "scoring_func": ("softmax", "sigmoid", "sqrtsoftplus", "sparsemixer"),
     "group_score": ("max", "top2"),
     "renormalize_rule": ("add", "clamp"),
@@ -30,10 +33,16 @@ class SpecError(ValueError):
     """A specification that no layer can follow; the message names the fields, their values and the rule."""
 
 
+def _check_positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and value < 1:
+            raise SpecError(f"{type(owner).__name__}.{name}={value}: expected at least 1")
+
+
 def _check_choices(owner: object) -> None:
     for field, allowed in _CHOICES.items():
-        value = getattr(owner, field, None)
-        if value is not None and value not in allowed:
+        if hasattr(owner, field) and (value := getattr(owner, field)) not in allowed:
             raise SpecError(f"{type(owner).__name__}.{field}={value!r}: expected one of {', '.join(allowed)}")
 
 
@@ -47,6 +56,9 @@ class RouterPrecision:
     logits: Precision
     scores: Precision
     weights: Precision
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +105,7 @@ class Routing:
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        _check_positive(self, "num_experts")
         if not 1 <= self.top_k <= self.num_logits:
             raise SpecError(f"top_k={self.top_k}: expected 1 to {self.num_logits}, the number of experts")
         if self.n_group < 1 or self.num_logits % self.n_group:
@@ -184,6 +197,7 @@ class Experts:
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        _check_positive(self, "intermediate_size", "latent_size")
         if self.layout == "interleaved" and not self.activation.gated:
             raise SpecError("layout='interleaved' needs a gated activation: there is only one half to store")
         if self.latent_bias and self.latent_size is None:
@@ -205,10 +219,13 @@ class Shared:
     bias: bool
     sigmoid_gate: bool
 
+    def __post_init__(self) -> None:
+        _check_positive(self, "n_shared_experts", "intermediate_size")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Output:
-    """How the parts join: y = s * R + S + Z ("sum"), or half of it ("average", Cohere)."""
+    """How the parts join: y = s * (R + Z) + S ("sum"), or half of it ("average", Cohere)."""
 
     combine: Literal["sum", "average"]
 
@@ -240,8 +257,7 @@ class MoESpec:
     vision: VisionBranch | None
 
     def __post_init__(self) -> None:
-        if self.hidden_size < 1:
-            raise SpecError(f"hidden_size={self.hidden_size}: expected at least 1")
+        _check_positive(self, "hidden_size")
         if self.vision is not None and (
             self.vision.routing.num_logits != self.routing.num_logits or self.vision.routing.top_k != self.routing.top_k
         ):

@@ -63,6 +63,4 @@ def decided(given: Problem, case: Case, system: System) -> Tensor:
 
 def _fit(columns, matrix: Tensor, output: Tensor) -> Attribution:
     solved = torch.linalg.lstsq(matrix, output.flatten()[:, None], driver="gelsd").solution[:, 0]
-    return Attribution(
-        {(part.name, part.shard): float(value) for part, value in zip(columns, solved, strict=True)}
-    )
+    return Attribution({(part.name, part.shard): float(value) for part, value in zip(columns, solved, strict=True)})

@@ -66,7 +66,7 @@ def test_a_package_that_is_not_installed_is_refused_by_name():
 
 
 def test_making_a_system_imports_neither_the_file_nor_torch(tmp_path):
-    target = layer(tmp_path, "raise SystemExit('imported')")
+    target = layer(tmp_path, "raise SystemExit('imported')\ndef build(spec, weights, comm): ...")
     code = f"import sys; from harness.systems import check_name; check_name({target!r}); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
@@ -188,7 +188,7 @@ def test_an_installed_plugin_is_found_by_its_entry_points_name(tmp_path, monkeyp
 
 
 def test_an_error_while_importing_names_type_message_and_line(tmp_path):
-    text = refusal(ForeignSystem(layer(tmp_path, "import os\n\nimport surely_not_there\n")))
+    text = refusal(ForeignSystem(layer(tmp_path, "import os\n\nimport surely_not_there\ndef build(a, b, c): ...\n")))
     assert text == (
         f"{tmp_path}/layer.py:build: importing it raised ModuleNotFoundError: "
         f"No module named 'surely_not_there' ({tmp_path}/layer.py:3)"
@@ -197,7 +197,7 @@ def test_an_error_while_importing_names_type_message_and_line(tmp_path):
 
 def test_an_import_that_failed_is_not_tried_again(tmp_path):
     count = tmp_path / "count"
-    system = ForeignSystem(layer(tmp_path, f"open({str(count)!r}, 'a').write('x')\n1 / 0\n"))
+    system = ForeignSystem(layer(tmp_path, f"open({str(count)!r}, 'a').write('x')\n1 / 0\nbuild = print\n"))
     assert refusal(system) == refusal(system)
     assert count.read_text() == "x"
 
@@ -205,7 +205,7 @@ def test_an_import_that_failed_is_not_tried_again(tmp_path):
 def test_a_syntax_error_and_an_exit_at_import_could_not_run(tmp_path):
     assert f"({tmp_path}/a.py:2)" in refusal(ForeignSystem(layer(tmp_path, "x = 1\ndef build(:\n", "a.py")))
     assert f"SystemExit: 3 ({tmp_path}/b.py:2)" in refusal(
-        ForeignSystem(layer(tmp_path, "import sys\nsys.exit(3)\n", "b.py"))
+        ForeignSystem(layer(tmp_path, "import sys\nsys.exit(3)\nbuild = print\n", "b.py"))
     )
 
 
@@ -230,9 +230,33 @@ def test_a_build_with_other_parameters_is_named_by_its_definition(tmp_path):
 
 def test_a_missing_function_is_answered_with_those_that_the_file_has(tmp_path):
     source = "from os.path import join\nLIMIT = 3\ndef make_layer(a, b, c): ...\nclass Block: ...\n"
-    assert refusal(ForeignSystem(layer(tmp_path, source))) == (
-        f"{tmp_path}/layer.py:build: no build in {tmp_path}/layer.py. Functions that it has: make_layer, Block"
+    with pytest.raises(UsageError) as refused:
+        ForeignSystem(layer(tmp_path, source))
+    where = f"{tmp_path}/layer.py"
+    assert str(refused.value) == (
+        f"system '{where}:build': no build in {where}. Functions that it has: make_layer, Block. Type {where}:make_layer"
     )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from elsewhere import build",
+        "from elsewhere import *",
+        "try:\n    from elsewhere import build\nexcept ImportError:\n    build = None",
+        "build = make()",
+        "if True:\n    def build(spec, weights, comm): ...",
+        "def __getattr__(name): ...",
+        "this is no Python",
+    ],
+)
+def test_a_function_that_only_importing_can_tell_is_not_refused_before(tmp_path, source):
+    ForeignSystem(layer(tmp_path, source))
+
+
+def test_a_function_deleted_at_import_is_answered_with_those_left(tmp_path):
+    source = "def build(a, b, c): ...\ndef make_layer(a, b, c): ...\ndel build\n"
+    assert "no build in" in refusal(ForeignSystem(layer(tmp_path, source)))
 
 
 def test_what_is_no_function_is_named_by_its_type(tmp_path):

@@ -94,7 +94,9 @@ def test_a_second_call_with_fewer_tokens_sees_nothing_of_the_first():
         assert agrees(y, oracle(DEEPSEEK).output_MH[:3])
 
 
-@pytest.mark.parametrize("spec", [DEEPSEEK, NEMOTRON, MIXTRAL, GPT_OSS, LONGCAT], ids=["s+S", "latent", "plain", "biases", "zero"])
+@pytest.mark.parametrize(
+    "spec", [DEEPSEEK, NEMOTRON, MIXTRAL, GPT_OSS, LONGCAT], ids=["s+S", "latent", "plain", "biases", "zero"]
+)
 @pytest.mark.parametrize("padding", [0, 8])
 @pytest.mark.parametrize("tp", [1, 4])
 def test_the_result_has_width_h_whatever_the_kernel_s_width(spec, padding, tp):
@@ -331,7 +333,12 @@ def test_exact_ties_give_distinct_experts_of_the_tied_set():
         (DEEPSEEK, replace(RUNNER_SCALES, kernel_scales=True), 1, "s would be applied twice"),
         (MIXTRAL, replace(ROUTER_SCALES, kernel_runs_shared=True), 1, "nothing to run"),
         (DEEPSEEK, replace(ROUTER_SCALES, kernel_runs_shared=True, side_stream=True), 1, "would run twice"),
-        (replace(DEEPSEEK, routing=replace(DEEPSEEK.routing, routed_scaling_factor=0.0)), ROUTER_SCALES, 1, "Pass None"),
+        (
+            replace(DEEPSEEK, routing=replace(DEEPSEEK.routing, routed_scaling_factor=0.0)),
+            ROUTER_SCALES,
+            1,
+            "Pass None",
+        ),
     ],
 )
 def test_a_combination_that_would_compute_something_else_is_refused(spec, settings, tp, words):

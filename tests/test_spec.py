@@ -127,7 +127,7 @@ REFUSED = [
         "layout='interleaved' needs a gated activation: there is only one half to store",
     ),
     (EXPERTS, {"latent_bias": True}, "latent_bias=True needs a latent_size"),
-    (SPEC, {"hidden_size": 0}, "hidden_size=0: expected at least 1"),
+    (SPEC, {"hidden_size": 0}, "MoESpec.hidden_size=0: expected at least 1"),
     *(
         (
             SPEC,

@@ -22,6 +22,7 @@ torch.set_num_threads(1)
 SYSTEM = TransformersSystem()
 each_model = pytest.mark.parametrize("model", [n for n in models.names() if models.load(n).upstream is not None])
 
+
 def inputs(case: Case) -> tuple[dict[str, Tensor], Tokens]:
     dtype = DTYPES[case.dtype]
     return make_weights(case.spec, case.seed, dtype), make_tokens(case.spec, case.tokens, case.seed, dtype)

@@ -153,7 +153,7 @@ class TorchExperts:
 
     def _experts(self, x_MP: Tensor, weights_MK: Tensor, ids_MK: Tensor) -> Tensor:
         experts = self.weights
-        rows, count, dtype = x_MP.shape[0], experts.w13_EnP.shape[0], x_MP.dtype
+        rows, dtype = x_MP.shape[0], x_MP.dtype
         if experts.weight_on_input:
             x_MP = (x_MP * weights_MK).to(dtype)
             weights_MK = torch.ones_like(weights_MK)

@@ -23,7 +23,9 @@ class SharedMLP:
         halves = 2 if shared.activation.gated else 1
 
         def rows(stored: Tensor) -> Tensor:
-            return stored.view(halves, shared.intermediate_size, *stored.shape[1:])[:, start : start + share].flatten(0, 1)
+            return stored.view(halves, shared.intermediate_size, *stored.shape[1:])[:, start : start + share].flatten(
+                0, 1
+            )
 
         self._activation = shared.activation
         self._w13 = rows(weights["shared_w13"]).float()

@@ -6,6 +6,7 @@ and beside it, if not every case can be built, supports(case) -> None | "reason"
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import importlib.machinery
@@ -14,7 +15,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -64,8 +65,12 @@ class ForeignSystem:
             )
         if _is_file(self._where):
             _check_file(target, Path(self._where))
+            _check_function(target, Path(self._where))
         else:
             _check_module(target, self._where)
+            source = _module_file(self._where)
+            if source is not None:
+                _check_function(target, source)
         self._module: ModuleType | None = None
         self._refused: CouldNotRun | None = None
 
@@ -171,6 +176,58 @@ def _check_module(target: str, module: str) -> None:
             f"system {target!r}: no package {top!r} is installed or in {Path.cwd()}. "
             f"Install it, or type path/to/file.py:build"
         )
+
+
+def _module_file(module: str) -> Path | None:
+    """The source of a module, found without importing its package; None if it is not a plain file."""
+    top, *rest = module.split(".")
+    spec = importlib.machinery.PathFinder.find_spec(top, _search_path())
+    if spec is None or not rest:
+        return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+    for folder in spec.submodule_search_locations or []:
+        path = Path(folder, *rest)
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return file
+    return None
+
+
+def _check_function(target: str, file: Path) -> None:
+    """Refuse a function that the source plainly does not have; what only importing can tell is left to the import."""
+    where, _, wanted = target.rpartition(":")
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):
+        return
+    bound = _bound_names(tree.body)
+    if wanted in bound or "*" in bound or "__getattr__" in bound:
+        return
+    functions = [name for name, is_function in bound.items() if is_function]
+    near = difflib.get_close_matches(wanted, functions, n=1) or functions[:1]
+    hint = (
+        f"Functions that it has: {', '.join(functions)}. Type {where}:{near[0]}" if near else "It defines no function"
+    )
+    raise UsageError(f"system {target!r}: no {wanted} in {where}. {hint}")
+
+
+def _bound_names(body: Sequence[ast.stmt]) -> dict[str, bool]:
+    """Names that the statements of a module bind, and whether each is a function or class of its own."""
+    bound: dict[str, bool] = {}
+    for statement in body:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            bound[statement.name] = True
+            continue
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
+            bound |= {(alias.asname or alias.name).partition(".")[0]: False for alias in statement.names}
+            continue
+        for inner in ("body", "orelse", "finalbody"):
+            bound |= _bound_names(getattr(statement, inner, []))
+        for handler in getattr(statement, "handlers", []):
+            bound |= _bound_names(handler.body)
+        if not hasattr(statement, "body"):
+            nodes = ast.walk(statement)
+            bound |= {n.id: False for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return bound
 
 
 def _search_path() -> list[str]:

@@ -101,7 +101,9 @@ def run(edit: Edit) -> tuple[int, str, float]:
             shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
         source = copy / "harness" / "runner" / edit.file
         text = source.read_text()
-        assert text.count(edit.old) == 1, f"{edit.name}: {edit.old!r} stands {text.count(edit.old)} times in {edit.file}"
+        assert text.count(edit.old) == 1, (
+            f"{edit.name}: {edit.old!r} stands {text.count(edit.old)} times in {edit.file}"
+        )
         source.write_text(text.replace(edit.old, edit.new))
         started = time.perf_counter()
         command = [sys.executable, "-m", "harness", "check", "--system", "runner"]
@@ -119,7 +121,9 @@ def main() -> int:
         named = [line for line in causes if edit.words in line]
         missed += not (code == 1 and named)
         summary = report.strip().splitlines()[-1]
-        print(f"{edit.name}: exit {code}, {len(named)} of {len(causes)} causes named as expected, {seconds:.0f} s; {summary}")
+        print(
+            f"{edit.name}: exit {code}, {len(named)} of {len(causes)} causes named as expected, {seconds:.0f} s; {summary}"
+        )
         print(f"    {(named or causes or [report[-300:]])[0]}")
         for other in [line for line in causes if line not in named][:3]:
             print(f"    also: {other}")

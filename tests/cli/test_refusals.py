@@ -35,6 +35,7 @@ REFUSED = {
     "check --system my_layr.py:build": ("my_layr.py does not exist", "Type my_layer.py:build"),
     "check --system my_layer.py:": ("'my_layer.py:'", "a colon and its build function", "path/to/file.py:build"),
     "check --system my_layer.py": ("'my_layer.py'", "path/to/file.py:build"),
+    "check --system my_layer.py:biuld": ("no biuld in my_layer.py", "Type my_layer.py:build"),
     "check --system no_such_package:build": ("no package 'no_such_package'", "Install it, or type path/to/file.py:build"),
     "explain mixtral --system runer": ("unknown system 'runer'", "runner"),
     "check --model mixtral --system transformers --tp 2": ("selects no case", "Add --tp 1, or another --system"),
@@ -43,7 +44,7 @@ REFUSED = {
     "check mixtral --system my_layer.py:build --limit 0": ("--limit 0", "seconds above 0"),
     "check mixtral --system my_layer.py:build --limit nan": ("--limit nan", "seconds above 0"),
     "check --limit soon": ("--limit", "'soon'", "moe-harness check --help"),
-    "check --tpp 2": ("--tpp", "--help"),
+    "check --tpp 2": ("unknown option '--tpp'", "--tp", "moe-harness check --help"),
     "bench --fast": ("--fast", "--help"),
     "explain": ("CASE", "moe-harness explain --help"),
     "chek mixtral": ("'chek'", "'check', 'models', 'explain', 'bench'", "moe-harness --help"),
@@ -52,7 +53,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("line", REFUSED, ids=lambda line: line[:60])
 def test_wrong_usage_is_answered_with_value_expectation_and_what_to_type(line: str, command: Command, tmp_path: Path):
-    (tmp_path / "my_layer.py").write_text("raise SystemExit('a refusal imports nothing of the user')\n")
+    (tmp_path / "my_layer.py").write_text(
+        "raise SystemExit('a refusal imports nothing of the user')\ndef build(spec, weights, comm): ...\n"
+    )
     done = command(*line.split())
     assert "Traceback" not in done.stderr
     assert done.returncode == 2
