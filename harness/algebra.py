@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.parts import LETTERS, Part, parts
+from harness.parts import LETTERS, Part, parts, shares
 from harness.problem import Problem
 from reference.spec import RouterPrecision
 
@@ -84,14 +84,14 @@ def symbol_values(scale: float, tp: int) -> dict[str, float]:
     return distinct
 
 
-def law(given: Problem, tp: int) -> dict[str, str]:
+def law(given: Problem) -> dict[str, str]:
     """The lawful symbol of each part that exists."""
     s = "s" if given.spec.scale != 1.0 else "1"
-    return {part.name: s if part.scaled else "1" for part in parts(given, tp)}
+    return {part.name: s if part.scaled else "1" for part in parts(given)}
 
 
-def lawful_reading(given: Problem, tp: int) -> Reading:
-    return Reading(law(given, tp), frozenset(), {})
+def lawful_reading(given: Problem) -> Reading:
+    return Reading(law(given), frozenset(), {})
 
 
 def is_lawful(reading: Reading, lawful: Reading) -> bool:
@@ -100,14 +100,14 @@ def is_lawful(reading: Reading, lawful: Reading) -> bool:
 
 def read_whole(evidence: Evidence, rank: int) -> Reading | None:
     """The factors of whole parts in one rank's output; None if no such sum explains it within rounding."""
-    return _fit(evidence, rank, _whole(parts(evidence.given, evidence.tp)))
+    return _fit(evidence, rank, _whole(parts(evidence.given)))
 
 
 def read_shares(evidence: Evidence, rank: int) -> Reading | None:
     """The factors of each rank's share, where whole parts do not explain the output: own against rest, then each alone."""
     if evidence.tp == 1:
         return None
-    columns = parts(evidence.given, evidence.tp)
+    columns = shares(evidence.given, evidence.tp)
     return _fit(evidence, rank, _own_and_rest(columns, rank)) or _fit(evidence, rank, _shares(columns))
 
 

@@ -123,7 +123,7 @@ def _first_extreme_stage(evidence: Evidence, row: int) -> tuple[str, str]:
 
 def _algebra_sentence(evidence: Evidence, readings: Sequence[Reading]) -> Diagnosis:
     given, tp = evidence.given, evidence.tp
-    lawful = lawful_reading(given, tp)
+    lawful = lawful_reading(given)
     off = [rank for rank, reading in enumerate(readings) if not is_lawful(reading, lawful)]
     if not off:
         return _unknown(evidence)

@@ -68,7 +68,7 @@ def _measured(case: Case, system: System, given: Problem, run: Run) -> Iterator[
     if unit != 1.0:
         yield f"output unit: the layer returns y times {unit:g}"
     yield "errors: " + ", ".join(f"{name} {value}" for name, value in compared.figures().items())
-    yield f"attribution (law: {', '.join(f'{name} x {symbol}' for name, symbol in law(given, tp).items())}):"
+    yield f"attribution (law: {', '.join(f'{name} x {symbol}' for name, symbol in law(given).items())}):"
     for rank in range(tp):
         evidence = Evidence(given, outputs, tp, precision, compared.wrong_RM, {})
         reading = read_whole(evidence, rank) or read_shares(evidence, rank)

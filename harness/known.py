@@ -102,7 +102,7 @@ def _values(case: Case, given: Problem) -> dict[str, float]:
 
 def _lawful(case: Case, given: Problem) -> dict[str, float]:
     values = _values(case, given)
-    return {name: values[symbol] for name, symbol in law(given, case.grid.tp).items()}
+    return {name: values[symbol] for name, symbol in law(given).items()}
 
 
 def _wanted(entry: Known, case: Case, given: Problem) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.problem import Problem
-from reference.moe import Choice, forward
+from reference.moe import Choice, Stages, forward
 from reference.spec import MoESpec
 
 # what each part is called in a formula
@@ -36,30 +36,37 @@ class Part:
     scaled: bool
 
 
-@functools.lru_cache(maxsize=16)
-def parts(given: Problem, tp: int) -> tuple[Part, ...]:
+@functools.lru_cache(maxsize=64)
+def parts(given: Problem) -> tuple[Part, ...]:
     """All parts of y that are not zero everywhere; y = sum of (s if scaled else 1) * value, times the output's share."""
-    spec, stages = given.spec, given.stages
-    choice = Choice(stages.topk_ids_MK, stages.topk_weights_MK, stages.margin_M)
-    found: list[Part] = []
-    for shard in range(tp):
-        only = _Weights(spec, given.weights).keep_columns(shard, tp)
-        share = _forward(given, only.without("b2", "fc2_latent_bias", "shared_b2"), choice)
-        found.append(Part("routed", shard, share.routed_MH, True))
-        if spec.shared is not None:
-            found.append(Part("shared", shard, share.shared_MH, False))
-    found.append(Part("zero", None, stages.zero_MH, True))
-    everything = _Weights(spec, given.weights)
+    spec, stages, everything = given.spec, given.stages, _Weights(given.spec, given.exact)
+    routed_MH, shared_MH = stages.routed_MH, stages.shared_MH
+    found = [Part("zero", None, stages.zero_MH, True)]
     if spec.experts.bias:
-        bias = _forward(given, everything.without("w2", "fc2_latent_bias"), choice).routed_MH
-        found.append(Part("expert bias", None, bias, True))
+        bias_MH = _forward(given, everything.without("w2", "fc2_latent_bias")).routed_MH
+        found.append(Part("expert bias", None, bias_MH, True))
+        routed_MH = routed_MH - bias_MH
     if spec.experts.latent_bias:
         found.append(Part("latent bias", None, stages.offset_H.expand_as(stages.output_MH), False))
     if spec.shared is not None and spec.shared.bias:
-        found.append(
-            Part("shared bias", None, _forward(given, everything.without("shared_w2"), choice).shared_MH, False)
-        )
+        bias_MH = _forward(given, everything.without("shared_w2")).shared_MH
+        found.append(Part("shared bias", None, bias_MH, False))
+        shared_MH = shared_MH - bias_MH
+    found = [Part("routed", None, routed_MH, True), Part("shared", None, shared_MH, False), *found]
     return tuple(part for part in found if bool(part.value_MH.any()))
+
+
+@functools.lru_cache(maxsize=16)
+def shares(given: Problem, tp: int) -> tuple[Part, ...]:
+    """The same, with the routed and the shared part cut into what each rank holds of them."""
+    cut: list[Part] = []
+    for shard in range(tp):
+        only = _Weights(given.spec, given.exact).keep_columns(shard, tp)
+        stages = _forward(given, only.without("b2", "fc2_latent_bias", "shared_b2"))
+        cut.append(Part("routed", shard, stages.routed_MH, True))
+        cut.append(Part("shared", shard, stages.shared_MH, False))
+    whole = [part for part in parts(given) if part.name not in ("routed", "shared")]
+    return tuple(part for part in (*cut, *whole) if bool(part.value_MH.any()))
 
 
 @functools.lru_cache(maxsize=4)
@@ -69,12 +76,14 @@ def expert_parts(given: Problem) -> tuple[Tensor, ...]:
     alone = []
     for e in range(given.spec.routing.num_experts):
         weights_MK = stages.topk_weights_MK * (stages.topk_ids_MK == e)
-        alone.append(_forward(given, given.weights, Choice(stages.topk_ids_MK, weights_MK, stages.margin_M)).routed_MH)
+        alone.append(_forward(given, given.exact, Choice(stages.topk_ids_MK, weights_MK, stages.margin_M)).routed_MH)
     return tuple(alone)
 
 
-def _forward(given: Problem, weights: Mapping[str, Tensor], choice: Choice):  # type: ignore[no-untyped-def]
-    x_MH, is_vision = given.tokens.hidden_states, given.tokens.is_vision
+def _forward(given: Problem, weights: Mapping[str, Tensor], choice: Choice | None = None) -> Stages:
+    """The oracle with other weights, along the lawful routes unless told otherwise."""
+    x_MH, is_vision, stages = given.tokens.hidden_states, given.tokens.is_vision, given.stages
+    choice = choice or Choice(stages.topk_ids_MK, stages.topk_weights_MK, stages.margin_M)
     return forward(given.spec, weights, x_MH, is_vision_M=is_vision, choice=choice)
 
 

@@ -20,11 +20,15 @@ from reference.spec import MoESpec, RouterPrecision
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Problem:
-    """spec, the weights as stored, the tokens, and the oracle's stages. Nobody may write into them."""
+    """spec, the weights as stored, the tokens, and the oracle's stages. Nobody may write into them.
+
+    exact: the stored weights upcast to float64, which is what the oracle computes from.
+    """
 
     spec: MoESpec
     dtype: torch.dtype
     weights: dict[str, Tensor]
+    exact: dict[str, Tensor]
     tokens: Tokens
     stages: Stages
 
@@ -42,10 +46,10 @@ def problem(case: Case) -> Problem:
 @functools.lru_cache(maxsize=256)
 def _problem(spec: MoESpec, dtype: str, tokens: int, seed: int) -> Problem:
     with torch.inference_mode():
-        weights = _weights(spec, dtype, seed)
+        weights, exact = _weights(spec, dtype, seed), _exact(spec, dtype, seed)
         rows = _tokens(spec, dtype, tokens, seed)
-        stages = forward(spec, weights, rows.hidden_states, is_vision_M=rows.is_vision)
-    return Problem(spec, DTYPES[dtype], weights, rows, stages)
+        stages = forward(spec, exact, rows.hidden_states, is_vision_M=rows.is_vision)
+    return Problem(spec, DTYPES[dtype], weights, exact, rows, stages)
 
 
 @functools.lru_cache(maxsize=96)
@@ -54,6 +58,11 @@ def _weights(spec: MoESpec, dtype: str, seed: int) -> dict[str, Tensor]:
         return make_weights(spec, seed, DTYPES[dtype])
     exact = _weights(spec, "fp32", seed)
     return {name: t if name.endswith("e_score_correction_bias") else t.to(DTYPES[dtype]) for name, t in exact.items()}
+
+
+@functools.lru_cache(maxsize=24)
+def _exact(spec: MoESpec, dtype: str, seed: int) -> dict[str, Tensor]:
+    return {name: tensor.double() for name, tensor in _weights(spec, dtype, seed).items()}
 
 
 @functools.lru_cache(maxsize=256)

@@ -58,5 +58,5 @@ def _each_expert(given: Problem) -> Tensor:
     alone = []
     for e in range(spec.routing.num_experts):
         choice = Choice(torch.full_like(ones_M1, e, dtype=torch.int64), ones_M1, given.stages.margin_M)
-        alone.append(forward(spec, given.weights, x_MH, choice=choice).routed_MH)
+        alone.append(forward(spec, given.exact, x_MH, choice=choice).routed_MH)
     return torch.stack(alone)

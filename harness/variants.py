@@ -67,7 +67,7 @@ def _routing(given: Problem, picks_MK: Tensor | None) -> Iterator[Variant]:
         if given.spec.vision is None:
             yield Variant(
                 "D3", "topk_ids", "the correction bias is rounded to bf16",
-                lambda: _with_tensor(given, "e_score_correction_bias", lambda b: b.bfloat16().float()),
+                lambda: _with_tensor(given, "e_score_correction_bias", lambda b: b.bfloat16().double()),
             )  # fmt: skip
     if rule.n_group > 1:
         fill = "experts of dropped groups get 0 instead of -inf, which beats a negative biased score"
@@ -199,7 +199,7 @@ def _run(
     choice: Choice | None = None,
 ) -> Stages:
     x_MH, is_vision = given.tokens.hidden_states, given.tokens.is_vision
-    return forward(spec or given.spec, weights or given.weights, x_MH, is_vision_M=is_vision, choice=choice)
+    return forward(spec or given.spec, weights or given.exact, x_MH, is_vision_M=is_vision, choice=choice)
 
 
 def _with_routing(given: Problem, picks_MK: Tensor | None, **changes: object) -> Stages:
@@ -217,7 +217,7 @@ def _with_routing(given: Problem, picks_MK: Tensor | None, **changes: object) ->
 
 def _ties_as_picked(given: Problem, routing: Routing, picks_MK: Tensor) -> Choice:
     """The choice of a wrong router; among exact ties, which groups filled with one value have, it is the picks."""
-    weights = {name: t.double() for name, t in given.weights.items()}
+    weights = given.exact
     logits_ME = router_logits(given.tokens.hidden_states.double(), weights, routing)
     scores_ME = score(logits_ME, routing)
     bias_E = weights["e_score_correction_bias"] if routing.correction_bias else None
@@ -249,7 +249,7 @@ def _with_activation(given: Problem, **changes: object) -> Stages:
 
 
 def _with_tensor(given: Problem, name: str, change: Callable[[Tensor], Tensor]) -> Stages:
-    weights = {n: change(t) if n.removeprefix("vision_") == name else t for n, t in given.weights.items()}
+    weights = {n: change(t) if n.removeprefix("vision_") == name else t for n, t in given.exact.items()}
     return _run(given, weights=weights)
 
 
@@ -262,13 +262,13 @@ def _exchanged(given: Problem, *names: str) -> Stages:
             return stored.unflatten(dim, (-1, 2)).flip(dim + 1).flatten(dim, dim + 1)
         return stored.unflatten(dim, (2, -1)).flip(dim).flatten(dim, dim + 1)
 
-    weights = {n: exchange(n, t) if n.removeprefix("vision_") in names else t for n, t in given.weights.items()}
+    weights = {n: exchange(n, t) if n.removeprefix("vision_") in names else t for n, t in given.exact.items()}
     return _run(given, weights=weights)
 
 
 def _biased_weights(given: Problem) -> Stages:
     stages, routing = given.stages, given.spec.routing
-    biased_ME = stages.scores_ME + given.weights["e_score_correction_bias"].double()
+    biased_ME = stages.scores_ME + given.exact["e_score_correction_bias"]
     weights_MK = renormalize(biased_ME.gather(1, stages.topk_ids_MK), routing)
     return _run(given, choice=Choice(stages.topk_ids_MK, weights_MK, stages.margin_M))
 
@@ -286,7 +286,7 @@ def _weights_of_one(given: Problem) -> Stages:
 
 def _rounded_logits(given: Problem) -> Stages:
     routing = given.spec.routing
-    weights = {name: t.double() for name, t in given.weights.items()}
+    weights = given.exact
     logits_ME = router_logits(given.tokens.hidden_states.double(), weights, routing).bfloat16().double()
     chosen = select_experts(logits_ME, score(logits_ME, routing), weights.get("e_score_correction_bias"), routing)
     if routing.per_expert_scale:
@@ -299,7 +299,7 @@ def _plain_bias(given: Problem) -> Stages:
     """R with sum of b2 in place of the weighted sum: the unweighted bias stands beside experts without one."""
     stages = given.stages
     ones = Choice(stages.topk_ids_MK, torch.ones_like(stages.topk_weights_MK), stages.margin_M)
-    no_products = {n: torch.zeros_like(t) if n.removeprefix("vision_") == "w2" else t for n, t in given.weights.items()}
+    no_products = {n: torch.zeros_like(t) if n.removeprefix("vision_") == "w2" else t for n, t in given.exact.items()}
     bias_MH = _run(given, weights=no_products, choice=ones).routed_MH
     plain = _with_tensor(given, "b2", torch.zeros_like)
     output_MH = plain.output_MH + bias_MH * given.spec.scale * given.spec.output.share
@@ -309,7 +309,7 @@ def _plain_bias(given: Problem) -> Stages:
 def _shared_reads(given: Problem, scale: float) -> Stages:
     shared, stages = given.spec.shared, given.stages
     assert shared is not None
-    weights = {name: t.double() for name, t in given.weights.items()}
+    weights = given.exact
     wrong_MH = shared_experts(stages.routed_MH * scale, weights, shared)
     output_MH = stages.output_MH + (wrong_MH - stages.shared_MH) * given.spec.output.share
     return replace(stages, output_MH=output_MH)

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from harness.case import Case
+from harness.compare import near_ties
 from harness.execution import Run, run_system
-from harness.parts import parts
+from harness.parts import shares
 from harness.problem import Problem, problem
 from harness.systems import System
-from reference.rounding import router_error
-from reference.routes import undecided_rows
 
 # how exactly a coefficient can be read: rounding of weights is common to a whole column
 TOLERANCE = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 8e-3}
@@ -34,8 +33,8 @@ def attributions(case: Case, system: System) -> list[Attribution]:
     given = problem(case)
     run = run_system(case, system, given)
     assert run.broken is None, run.broken
-    rows = decided(given, case, system)
-    columns = parts(given, case.grid.tp)
+    rows = decided(given, system)
+    columns = shares(given, case.grid.tp)
     if len(rows) * given.spec.hidden_size < 4 * len(columns):
         return []
     matrix = torch.stack([part.value_MH[rows].flatten() for part in columns], 1)
@@ -46,19 +45,9 @@ def outputs(run: Run) -> list[Tensor]:
     return [rank.output.double() / rank.unit for rank in run.ranks]
 
 
-def decided(given: Problem, case: Case, system: System) -> Tensor:
+def decided(given: Problem, system: System) -> Tensor:
     """Rows whose choice of experts rounding cannot change."""
-    spec, tokens = given.spec, given.tokens
-    precision = system.precision(spec)
-    delta_ME = router_error(spec, given.weights, tokens.hidden_states, precision, tokens.is_vision)
-    undecided_M = undecided_rows(
-        spec.routing, given.stages.logits_ME, given.weights.get("e_score_correction_bias"), delta_ME
-    )
-    if spec.vision is not None and tokens.is_vision is not None:
-        bias = given.weights.get("vision_e_score_correction_bias")
-        other_M = undecided_rows(spec.vision.routing, given.stages.logits_ME, bias, delta_ME)
-        undecided_M = torch.where(tokens.is_vision, other_M, undecided_M)
-    return (~undecided_M).nonzero()[:, 0]
+    return (~near_ties(given, system.precision(given.spec))).nonzero()[:, 0]
 
 
 def _fit(columns, matrix: Tensor, output: Tensor) -> Attribution:

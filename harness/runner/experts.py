@@ -6,6 +6,7 @@ n rows of w13 on this rank (2i if gated), K top-k.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -161,11 +162,20 @@ class TorchExperts:
         if experts.b13_En is not None:
             h_MEn = h_MEn + experts.b13_En.float()
         a_MEi = activate(h_MEn.to(dtype), experts.activation)
-        y_EMP = torch.bmm(a_MEi.float().transpose(0, 1), self._w2_EiP)
+        count, _, width = self._w2_EiP.shape
+        y_eMP = self._w2_EiP.new_zeros(
+            count + 1, rows, width
+        )  # id -1 is no expert: it reads the last row, which stays 0
+        y_EMP = torch.bmm(a_MEi.float().transpose(0, 1), self._w2_EiP, out=y_eMP[:count])
         if experts.b2_EP is not None:
             y_EMP += experts.b2_EP.float()[:, None, :]
-        y_MKP = y_EMP[ids_MK.clamp(min=0), torch.arange(rows)[:, None]] * weights_MK[:, :, None]
-        y_MKP = torch.where(ids_MK[:, :, None] < 0, 0.0, y_MKP)  # id -1 is no expert
+        y_MKP = y_eMP[ids_MK, _column(rows)] * weights_MK[:, :, None]
         if dtype is not torch.float32:
             y_MKP = y_MKP.to(dtype).float()
         return y_MKP.sum(1).to(dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _column(rows: int) -> Tensor:
+    """0 to rows - 1 as [rows, 1]."""
+    return torch.arange(rows)[:, None]
