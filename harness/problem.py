@@ -72,8 +72,10 @@ def _tokens(spec: MoESpec, dtype: str, tokens: int, seed: int) -> Tokens:
 
 @functools.lru_cache(maxsize=2048)
 def _naive_error(given: Problem, tp: int, precision: RouterPrecision) -> Tensor:
+    x_MH, is_vision_M = given.tokens.hidden_states, given.tokens.is_vision
+    if x_MH.shape[0] == 0:
+        return x_MH.new_zeros(0, dtype=torch.float64)
     with torch.inference_mode():
-        x_MH, is_vision_M = given.tokens.hidden_states, given.tokens.is_vision
         runs = naive(given.spec, given.weights, x_MH, given.stages, tp, precision, is_vision_M)
         return (torch.stack(runs).double() - given.stages.output_MH).norm(dim=-1).amax(0)
 
