@@ -8,16 +8,18 @@ Fields at their default are left out: `mixtral` is mixtral@tp1.ep1.dp1.sp1.fp32.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from harness import models
 from harness.errors import UsageError
-from reference.spec import MoESpec
+from reference.spec import MoESpec, weight_shapes
 
 DTYPES = ("fp32", "bf16", "fp16")
 MAX_TOKENS = 65536
+MAX_WEIGHTS = 50_000_000
 
 # Each option, its values (the first is the default) and what it changes; the one list that parsing, help and docs read.
 OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -118,6 +120,17 @@ class Case:
 
 
 _DEFAULT: dict[str, object] = {f.name: f.default for f in fields(Case)}
+
+
+def check_affordable(case: Case) -> None:
+    """UsageError if the layer's weights are too many to be made at once; real sizes need them one expert at a time."""
+    numbers = sum(math.prod(shape) for shape in weight_shapes(case.spec).values())
+    if numbers > MAX_WEIGHTS:
+        wide = ", or type size=wide for real E and K" if models.load(case.model).wide else ""
+        raise UsageError(
+            f"case {str(case)!r}: its {numbers / 1e9:.1f} billion weights are more than the {MAX_WEIGHTS / 1e6:.0f} million "
+            f"that are made at once. Leave size out for the twin{wide}"
+        )
 
 
 def parse(text: str) -> Case:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from harness import __version__
-from harness.case import DTYPES, OPTIONS, parse
+from harness.case import DTYPES, OPTIONS, check_affordable, parse
 from harness.errors import HarnessError, UsageError, unknown
 
 SYSTEM_HELP = "runner, legacy, transformers, or your own: path/to/file.py:build or package.module:build"
@@ -168,6 +168,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
     check_name(arguments.system)
     case = parse(arguments.case)
+    check_affordable(case)
     from harness.explain import explain
 
     return explain(case, arguments.system, sys.stdout)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from harness import models
-from harness.case import OPTIONS, Case, Grid
+from harness.case import OPTIONS, Case, Grid, check_affordable
 from harness.errors import UsageError
 
 SYSTEMS = ("runner", "legacy", "transformers")
@@ -64,7 +64,12 @@ def main_job(systems: Sequence[str]) -> list[Batch]:
 
 
 def _joined(batches: Sequence[Batch]) -> list[Batch]:
-    """All cases of transformers in one batch, and that one first: importing it takes a worker as long as the rest of it."""
+    """The batches in the order of their run. UsageError for a case that is too large.
+
+    All cases of transformers in one batch, and that one first: importing it takes a worker as long as the rest of it.
+    """
+    for case in {case for batch in batches for case in batch.cases if case.size == "real"}:
+        check_affordable(case)
     heavy = [case for batch in batches if batch.system == "transformers" for case in batch.cases]
     others = [batch for batch in batches if batch.system != "transformers"]
     return [Batch("transformers", tuple(heavy)), *others] if heavy else others
@@ -106,7 +111,7 @@ def select(request: Request) -> list[Batch]:
 
 def of_cases(cases: Sequence[Case], systems: Sequence[str] | None) -> list[Batch]:
     """The same cases for each system."""
-    return [Batch(system, tuple(dict.fromkeys(cases))) for system in dict.fromkeys(systems or SYSTEMS)]
+    return _joined([Batch(system, tuple(dict.fromkeys(cases))) for system in dict.fromkeys(systems or SYSTEMS)])
 
 
 def _models_for(request: Request) -> tuple[str, ...]:

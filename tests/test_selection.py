@@ -109,11 +109,17 @@ def test_a_size_or_factor_selects_the_models_that_have_it():
     assert {case.model for _, case in real} < set(models.names())
 
 
-@pytest.mark.parametrize("size", ["wide", "real"])
-def test_a_size_that_some_tp_does_not_divide_is_run_at_those_that_do(size):
+def test_a_size_that_some_tp_does_not_divide_is_run_at_those_that_do():
     """Nobody typed tp=3: the default must be sizes that fit, as it is for transformers."""
-    found = flat(select(Request(systems=("runner",), options=(("size", (size,)),))))
-    assert {case.grid.tp for _, case in found} >= {1, 2}
+    found = flat(select(Request(systems=("runner",), options=(("size", ("wide",)),))))
+    assert {case.grid.tp for _, case in found} == {1, 2, 4, 8}
+
+
+def test_a_layer_of_real_size_is_refused_before_its_weights_are_made():
+    with pytest.raises(UsageError, match=r"its 1\.4 billion weights .* Leave size out for the twin$"):
+        select(Request(models=("mixtral",), tp=(1,), options=(("size", ("real",)),)))
+    with pytest.raises(UsageError, match="or type size=wide"):
+        of_cases([Case(model="qwen3_next", size="real")], None)
 
 
 def test_a_request_that_selects_nothing_is_refused_with_what_to_type():

@@ -48,7 +48,8 @@ class Upstream:
     modules: role -> "package.module:Class"; the role "block" alone is a whole layer, other roles are joined by hf.py.
     parameters: our tensor name -> name in the state dict, or several whose rows are stacked in ours. Where roles are
         joined, the state dict's names start with the role.
-    inputs: our name of an input -> the block's.
+    inputs: our name of an input -> the block's.    attributes: of modules, where older releases hard-code what newer
+        ones read from the configuration; values as in fields.
     """
 
     config: str
@@ -56,6 +57,7 @@ class Upstream:
     modules: Mapping[str, str]
     parameters: Mapping[str, str | tuple[str, ...]]
     inputs: Mapping[str, str] = field(default_factory=dict)
+    attributes: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

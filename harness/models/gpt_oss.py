@@ -76,6 +76,7 @@ PAGE = Model(
             "swiglu_alpha": "=experts.activation.alpha",
             "swiglu_limit": "=experts.activation.limit",
         },
+        attributes={"experts.limit": "=experts.activation.limit", "experts.alpha": "=experts.activation.alpha"},
         modules={"block": "transformers.models.gpt_oss.modeling_gpt_oss:GptOssMLP"},
         parameters={
             "router_weight": "router.weight",

@@ -7,6 +7,7 @@ code for one model here, but for the two ways in which a decoder layer joins mod
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import inspect
 import operator
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from reference.spec import MoESpec, RouterPrecision
 if TYPE_CHECKING:
     from harness.comm import Communicator
 
+WRITTEN_FOR = "5.24"
 # what a case may ask of our runner only; the sizes of the layer and of s are everybody's
 _RUNNER_OPTIONS = tuple(name for name in OPTIONS if name not in ("size", "s"))
 
@@ -124,7 +126,11 @@ def _construct(upstream: Upstream, spec: MoESpec) -> nn.Module:
         # the one constructor argument besides the configuration: limits and widths can differ between layers
         layer = {"layer_idx": 0} if "layer_idx" in inspect.signature(cls).parameters else {}
         parts[role] = cls(config, **layer)
-    return parts["block"] if parts.keys() == {"block"} else _JOINED[frozenset(parts)](**parts)
+    module = parts["block"] if parts.keys() == {"block"} else _JOINED[frozenset(parts)](**parts)
+    for path, value in upstream.attributes.items():
+        owner, _, name = path.rpartition(".")
+        setattr(module.get_submodule(owner), name, _value(value, spec))
+    return module
 
 
 def _value(value: object, spec: MoESpec) -> object:
@@ -141,9 +147,16 @@ def _import(path: str) -> type:
         found: type = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise CouldNotRun(
-            f"transformers: cannot import {name} from {module} ({error}). Install transformers 5.24"
+            f"{_installed()}: cannot import {name} from {module} ({error}). The pages follow transformers {WRITTEN_FOR}"
         ) from error
     return found
+
+
+def _installed() -> str:
+    try:
+        return f"transformers {importlib.metadata.version('transformers')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "transformers is not installed"
 
 
 def _load(module: nn.Module, upstream: Upstream, weights: Mapping[str, Tensor]) -> None:
@@ -166,7 +179,10 @@ def _load(module: nn.Module, upstream: Upstream, weights: Mapping[str, Tensor]) 
             wrong.append(f"{name}: ours is {list(tensor.shape)}, the module's {list(theirs[name].shape)}")
     wrong += [f"{name}: the module has it, the page does not fill it" for name in theirs if name not in ours]
     if wrong:
-        raise CouldNotRun(f"{type(module).__name__} and the page of the model differ: {'; '.join(wrong)}")
+        raise CouldNotRun(
+            f"{_installed()}: {type(module).__name__} is not the one that the page describes, which follows transformers "
+            f"{WRITTEN_FOR}: {'; '.join(wrong)}"
+        )
     filled = {}
     for name, tensor in ours.items():
         dtype = torch.promote_types(tensor.dtype, theirs[name].dtype)
