@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import TextIO
+
+import torch
+from torch import Tensor
 
 from harness.algebra import Evidence, law, read_shares, read_whole
 from harness.case import Case
@@ -16,6 +19,8 @@ from harness.execution import Run, run_system
 from harness.finding import Finding, exit_code
 from harness.problem import Problem, problem
 from harness.systems import System, resolve
+from reference.rounding import analyse
+from reference.spec import RouterPrecision
 
 TOKENS_SHOWN = 8
 
@@ -68,6 +73,10 @@ def _measured(case: Case, system: System, given: Problem, run: Run) -> Iterator[
     if unit != 1.0:
         yield f"output unit: the layer returns y times {unit:g}"
     yield "errors: " + ", ".join(f"{name} {value}" for name, value in compared.figures().items())
+    yield from _errors(given, outputs, tp, precision)
+    if case.tokens == 0:
+        yield "attribution: no tokens, nothing to attribute"
+        return
     yield f"attribution (law: {', '.join(f'{name} x {symbol}' for name, symbol in law(given).items())}):"
     for rank in range(tp):
         evidence = Evidence(given, outputs, tp, precision, compared.wrong_RM, {})
@@ -85,6 +94,23 @@ def _stages(given: Problem) -> Iterator[str]:
         yield f"  {m}: {told}  margin {stages.margin_M[m]:.2g}  {norms}"
     if len(stages.output_MH) > TOKENS_SHOWN:
         yield f"  ... {len(stages.output_MH) - TOKENS_SHOWN} more tokens"
+
+
+def _errors(given: Problem, outputs: Sequence[Tensor], tp: int, precision: RouterPrecision) -> Iterator[str]:
+    """Each shown token's error on its worst rank, in the three units in which it is judged."""
+    shown = min(TOKENS_SHOWN, len(outputs[0]))
+    if shown == 0:
+        return
+    miss_RmH = (torch.stack(list(outputs)) - given.stages.output_MH)[:, :shown].abs()
+    error_m = miss_RmH.norm(dim=-1).amax(0)
+    x_MH, is_vision = given.tokens.hidden_states, given.tokens.is_vision
+    rounding = analyse(given.spec, given.exact, x_MH, given.stages, tp, precision, is_vision, torch.arange(shown))
+    bound_m = (miss_RmH / rounding.bound_MH).amax((0, 2))
+    naive_M = given.naive_error(tp, precision)
+    yield "error of each token on its worst rank: length; over the worse naive run; over the deviation; over the bound"
+    for m in range(shown):
+        ratios = (error_m[m] / naive_M[m], error_m[m] / rounding.deviation_M[m], bound_m[m])
+        yield f"  {m}: {error_m[m]:.2g}; " + "; ".join(f"{float(ratio):.2g}" for ratio in ratios)
 
 
 def _ledger(run: Run) -> Iterator[str]:
