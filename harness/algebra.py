@@ -1,6 +1,7 @@
 """Reads an output as a sum of the oracle's parts: which factor stands before each, as a product of s and tp.
 
-A least-squares fit in float64, first on whole parts, then on a rank's own share against the rest, then on each share.
+A least-squares fit in float64: on whole parts; on a rank's own share against the rest; on each share; on whole parts and
+the layer's input, which the law does not add. Rows in which rounding may change the choice of experts take no part.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.parts import LETTERS, Part, parts, shares
+from harness.compare import near_ties
+from harness.parts import LETTERS, Part, layer_input, parts, shares
 from harness.problem import Problem
 from reference.spec import RouterPrecision
 
@@ -36,17 +38,31 @@ class Evidence:
     wrong_RM: Tensor
     stages: Mapping[str, Tensor]
 
+    @property
+    def decided_M(self) -> Tensor:
+        """Bool [M]: rows whose choice of experts rounding cannot change; all rows if there are none."""
+        decided_M = ~near_ties(self.given, self.precision)
+        return decided_M if bool(decided_M.any()) else torch.ones_like(decided_M)
+
+    @property
+    def ranks_agree(self) -> bool:
+        """All ranks return the same rows, but for rounding: what differs by rank has then met a collective after it."""
+        limit_M = 2 * self.given.naive_error(self.tp, self.precision)
+        first = self.outputs[0]
+        return all(bool(((other - first).norm(dim=-1) <= limit_M).all()) for other in self.outputs[1:])
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One rank's factors by part. own_only: parts of which only the rank's own share counts.
 
-    uneven: parts whose shares count differently, each rank's share with its symbol.
+    uneven: parts whose shares count differently, each rank's share with its symbol.    ranks: tp.
     """
 
     symbols: dict[str, str]
     own_only: frozenset[str]
     uneven: dict[str, tuple[str, ...]]
+    ranks: int
 
     def __str__(self) -> str:
         """'y = s*R + tp*S', R_own where only the rank's own share counts."""
@@ -91,24 +107,36 @@ def law(given: Problem) -> dict[str, str]:
 
 
 def lawful_reading(given: Problem) -> Reading:
-    return Reading(law(given), frozenset(), {})
+    return Reading(law(given), frozenset(), {}, 1)
 
 
 def is_lawful(reading: Reading, lawful: Reading) -> bool:
     return not reading.own_only and not reading.uneven and reading.symbols == lawful.symbols
 
 
-def read_whole(evidence: Evidence, rank: int) -> Reading | None:
-    """The factors of whole parts in one rank's output; None if no such sum explains it within rounding."""
-    return _fit(evidence, rank, _whole(parts(evidence.given)))
+def read_whole(evidence: Evidence, rank: int, rows_M: Tensor | None = None) -> Reading | None:
+    """The factors of whole parts in one rank's output; None if no such sum explains it within rounding.
+
+    rows_M: bool [M], the rows to be explained; without it all that are decided.
+    """
+    return _fit(evidence, rank, _whole(parts(evidence.given)), rows_M)
+
+
+def read_with_input(evidence: Evidence, rank: int) -> Reading | None:
+    """The same with the layer's input as one more part: a residual that belongs to the caller."""
+    return _fit(evidence, rank, _whole((*parts(evidence.given), layer_input(evidence.given))))
 
 
 def read_shares(evidence: Evidence, rank: int) -> Reading | None:
-    """The factors of each rank's share, where whole parts do not explain the output: own against rest, then each alone."""
+    """The factors of each rank's share, where whole parts do not explain the output: own against rest, then each alone.
+
+    Where all ranks return the same, no share is a rank's own, and only the second is asked.
+    """
     if evidence.tp == 1:
         return None
     columns = shares(evidence.given, evidence.tp)
-    return _fit(evidence, rank, _own_and_rest(columns, rank)) or _fit(evidence, rank, _shares(columns))
+    own = None if evidence.ranks_agree else _fit(evidence, rank, _own_and_rest(columns, rank))
+    return own or _fit(evidence, rank, _shares(columns), own=not evidence.ranks_agree)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,14 +172,17 @@ def _joined(columns: Sequence[Part], key: Callable[[Part], str]) -> list[_Column
     return joined
 
 
-def _fit(evidence: Evidence, rank: int, columns: Sequence[_Column]) -> Reading | None:
+def _fit(
+    evidence: Evidence, rank: int, columns: Sequence[_Column], rows_M: Tensor | None = None, *, own: bool = True
+) -> Reading | None:
     given, tp = evidence.given, evidence.tp
-    target = evidence.outputs[rank] / given.spec.output.share
+    rows = (evidence.decided_M if rows_M is None else rows_M).nonzero()[:, 0]
+    target = evidence.outputs[rank][rows] / given.spec.output.share
     if target.shape[0] == 0 or not columns or target.numel() < 2 * len(columns):
         return None
-    matrix = torch.stack([column.value_MH.flatten() for column in columns], 1)
+    matrix = torch.stack([column.value_MH[rows].flatten() for column in columns], 1)
     solved = torch.linalg.lstsq(matrix, target.flatten()[:, None], driver="gelsd").solution[:, 0]
-    naive_M = given.naive_error(tp, evidence.precision) / given.spec.output.share
+    naive_M = given.naive_error(tp, evidence.precision)[rows] / given.spec.output.share
     residual_M = (target - (matrix @ solved).view_as(target)).norm(dim=-1)
     growth = max(1.0, float(solved.abs().max()) / max(1.0, given.spec.scale))
     if not bool((residual_M <= RESIDUAL_LIMIT * growth * (naive_M + naive_M.mean())).all()):
@@ -164,14 +195,15 @@ def _fit(evidence: Evidence, rank: int, columns: Sequence[_Column]) -> Reading |
     read: dict[str, list[tuple[frozenset[int] | None, str]]] = {}
     for column, value, deviation in zip(columns, solved.tolist(), spread.tolist(), strict=True):
         read.setdefault(column.name, []).append((column.shards, fit_symbol(value, deviation, names, given.dtype)))
-    return _read(read, rank, tp)
+    return _read(read, rank if own else None, tp)
 
 
-def _read(read: dict[str, list[tuple[frozenset[int] | None, str]]], rank: int, tp: int) -> Reading:
+def _read(read: dict[str, list[tuple[frozenset[int] | None, str]]], rank: int | None, tp: int) -> Reading:
+    """rank: whose own shares are named as such; None where they mean nothing."""
     symbols, own_only, uneven = {}, set(), {}
-    mine = frozenset({rank})
+    mine = None if rank is None else frozenset({rank})
     for name, factors in read.items():
-        own = [symbol for shards, symbol in factors if shards == mine]
+        own = [symbol for shards, symbol in factors if mine is not None and shards == mine]
         others = {symbol for shards, symbol in factors if shards != mine}
         if len({symbol for _, symbol in factors}) == 1:
             symbols[name] = factors[0][1]
@@ -182,14 +214,17 @@ def _read(read: dict[str, list[tuple[frozenset[int] | None, str]]], rank: int, t
             symbols[name] = "uneven"
             by_shard = {shard: symbol for shards, symbol in factors for shard in shards or ()}
             uneven[name] = tuple(by_shard.get(shard, "0") for shard in range(tp))
-    return Reading(symbols, frozenset(own_only), uneven)
+    return Reading(symbols, frozenset(own_only), uneven, tp)
 
 
 def fit_symbol(value: float, deviation: float, names: dict[str, float], dtype: torch.dtype) -> str:
     """The name of a factor within the noise of its measurement, else the number."""
     nearest = min(names, key=lambda name: abs(names[name] - value))
     reach = max(6 * deviation, _READING[dtype] * max(abs(names[nearest]), 0.05))
-    return nearest if abs(names[nearest] - value) <= reach else f"{value:.3g}"
+    if abs(names[nearest] - value) <= reach:
+        return nearest
+    number = f"{value:.3g}"
+    return f"{value:.5g}" if number in names else number  # 1.004 is not 1
 
 
 def formula(reading: Reading) -> str:

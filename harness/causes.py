@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.algebra import Reading
+from harness.errors import ranks_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +26,19 @@ CAUSES = (
     Cause("B5", {"shared": "own"}, "the shared experts' output is left partial: each rank adds only its own share"),
     Cause("B2", {"routed": "s*tp", "shared": "tp"}, "everything is reduced twice (R, S x tp)"),
     Cause("B2", {"routed": "s*tp"}, "the routed part is reduced twice: what the kernel had reduced is reduced again (R x tp)"),
+    Cause("B13", {"routed": "s/tp", "shared": "1/tp"}, "the ranks' partial sums are averaged instead of added (R, S / tp)"),
+    Cause("B13", {"routed": "s/tp"}, "the routed part is averaged over the ranks instead of summed (R / tp)"),
+    Cause("B13", {"shared": "1/tp"}, "the shared experts' output is divided by tp: averaged over the ranks instead of summed (S / tp)"),
     Cause("B3", {"shared": "tp"}, "the shared experts' output is summed once per rank (S x tp): it was complete on every rank before the sum"),
     Cause("A1", {"routed": "s^2", "shared": "s"}, "the sum is scaled although R carried s already: s^2 on R, s on S"),
     Cause("A1", {"routed": "s^2"}, "the routed scaling factor is applied twice (s^2)"),
     Cause("A5", {"routed": "1", "shared": "1/s"}, "the fp16 form R + S/s is returned and its unit 1/s is not declared"),
     Cause("A3", {"routed": "s", "shared": "s"}, "the routed scaling factor multiplies the shared experts too: s*(R + S)"),
     Cause("A2", {"routed": "1"}, "the routed scaling factor is never applied"),
-    Cause("A6", {"routed": "0"}, "the routed part is missing: an absent scaling factor read as 0, or a kernel that wrote nothing"),
+    Cause("H1", {"routed": "0", "shared": "0", "input": "1"}, "the layer returns its input"),
+    Cause("A6", {"routed": "0", "shared": "0"}, "nothing was computed or nothing was written there"),
+    Cause("E4", {"routed": "2*s", "shared": "2"}, "everything counts twice"),
+    Cause("A6", {"routed": "0"}, "the routed part is missing: an absent scaling factor read as 0, weights of 0, or a kernel that wrote nothing"),
     Cause("E2", {"shared": "1/s"}, "the shared experts' output is divided by s although R carries s"),
     Cause("E4", {"shared": "2"}, "the shared experts' output is added twice"),
     Cause("E3", {"shared": "0"}, "the shared experts' output is missing"),
@@ -43,7 +51,14 @@ CAUSES = (
     Cause("F5", {"shared bias": "0"}, "the second shared bias is dropped"),
     Cause("A2", {"zero": "1"}, "the zero experts' part lacks the routed scaling factor"),
     Cause("B2", {"zero": "s*tp"}, "the zero experts' part is reduced although every rank holds all of it (Z x tp)"),
-    Cause("sign", {"routed": "-s"}, "the output has the wrong sign"),
+    Cause("sign", {"routed": "-s", "shared": "-1"}, "the output has the wrong sign"),
+    Cause("sign", {"routed": "-s"}, "the routed part has the wrong sign"),
+    Cause("sign", {"shared": "-1"}, "the shared experts' output has the wrong sign"),
+    Cause("H1", {"input": "1"}, "the layer adds its input x: the residual belongs to the caller"),
+    Cause("H1", {"input": "tp"}, "the layer adds its input x on every rank before the sum: the residual belongs to the caller"),
+    Cause("H1", {"input": "s"}, "the layer adds its input x, scaled by s: the residual belongs to the caller"),
+    Cause("H1", {"input": "-1"}, "the layer subtracts its input x: the residual belongs to the caller"),
+    Cause("half", {"routed": "s/2", "shared": "1/2"}, "the parts are averaged instead of added"),
 )  # fmt: skip
 
 
@@ -54,7 +69,7 @@ def find_cause(reading: Reading, lawful: dict[str, str], has_scale: bool) -> Cau
         if not all(name in reading.symbols for name in wanted):
             continue
         if all(_matches(reading, name, symbol, lawful) for name, symbol in wanted.items()):
-            deviates = [n for n in wanted if n in reading.own_only or reading.symbols[n] != lawful[n]]
+            deviates = [n for n in wanted if n in reading.own_only or reading.symbols[n] != lawful.get(n, "0")]
             if deviates:
                 return cause
     return None
@@ -67,14 +82,75 @@ def _matches(reading: Reading, name: str, wanted: str, lawful: dict[str, str]) -
 
 
 def _without_s(symbol: str) -> str:
-    return {"s": "1", "s*tp": "tp", "s^2": "s^2", "-s": "-1"}.get(symbol, symbol)
+    return {"s": "1", "s*tp": "tp", "s/tp": "1/tp", "s/2": "1/2", "2*s": "2", "-s": "-1"}.get(symbol, symbol)
+
+
+def uneven_cause(readings: Sequence[Reading], lawful: dict[str, str]) -> Cause | None:
+    """Why the shares of a part count differently, from the readings of all ranks; None where no pattern is known.
+
+    A rank's row of counts says how often each rank's share is in its output: 1 as the law says, tp, or not at all.
+    """
+    names = [name for name in ("routed", "shared") if any(_deviates(reading, name, lawful) for reading in readings)]
+    tables = [
+        tuple(_counts(reading, name, lawful[name], rank) for rank, reading in enumerate(readings)) for name in names
+    ]
+    if not tables or any(table != tables[0] for table in tables):
+        return None
+    what = " and ".join({"routed": "R", "shared": "S"}[name] for name in names)
+    return _alike(tables[0], what) if len(set(tables[0])) == 1 else _by_rank(tables[0], what)
+
+
+def _deviates(reading: Reading, name: str, lawful: dict[str, str]) -> bool:
+    return name in reading.uneven or name in reading.own_only or reading.symbols.get(name, "1") != lawful.get(name, "1")
+
+
+def _counts(reading: Reading, name: str, lawful: str, rank: int) -> tuple[str, ...]:
+    """How often each share counts, in units of what the law says: "1", "0", "2", "tp", or a symbol that is none of them."""
+    units = {lawful: "1", "s*tp" if lawful == "s" else "tp": "tp", "2*s" if lawful == "s" else "2": "2"}
+    if name in reading.own_only:
+        own = units.get(reading.symbols[name], reading.symbols[name])
+        return tuple(own if shard == rank else "0" for shard in range(reading.ranks))
+    symbols = reading.uneven.get(name) or (reading.symbols[name],) * reading.ranks
+    return tuple(units.get(symbol, symbol) for symbol in symbols)
+
+
+def _alike(table: tuple[tuple[str, ...], ...], what: str) -> Cause | None:
+    """All ranks return the same sum of shares, a wrong one."""
+    counts = table[0]
+    counted = [shard for shard, count in enumerate(counts) if count != "0"]
+    lost = [shard for shard, count in enumerate(counts) if count == "0"]
+    if len(counted) == 1 and counts[counted[0]] == "tp":
+        return Cause(
+            "F9", {}, f"every rank computes rank {counted[0]}'s share of {what}: the others' weights are never used"
+        )
+    if lost and {counts[shard] for shard in counted} == {"1"}:
+        gave = "ranks gave nothing or the sum skips them" if len(lost) > 1 else "rank gave nothing or the sum skips it"
+        return Cause("B8", {}, f"the share of {what} of {ranks_text(lost)} is missing: the {gave}")
+    return None
+
+
+def _by_rank(table: tuple[tuple[str, ...], ...], what: str) -> Cause | None:
+    """Each rank returns another sum of shares."""
+    ranks = range(len(table))
+    rest = {count for rank in ranks for shard, count in enumerate(table[rank]) if shard != rank}
+    own = {table[rank][rank] for rank in ranks}
+    if rest == {"1"} and own in ({"2"}, {"tp"}):
+        return Cause("B14", {}, f"each rank adds its own share of {what} again after the sum")
+    if rest == {"1"} and own == {"0"}:
+        return Cause("B14", {}, f"each rank lacks its own share of {what}, the others' are there")
+    met = [tuple(shard for shard, count in enumerate(row) if count == "1") for row in table]
+    complete = all(set(row) <= {"0", "1"} for row in table)
+    if complete and all(rank in met[rank] and all(met[other] == met[rank] for other in met[rank]) for rank in ranks):
+        groups = "; ".join(ranks_text(group) for group in dict.fromkeys(met))
+        return Cause("B8", {}, f"{what} is summed over parts of the ranks, not over all of them: {groups}")
+    return None
 
 
 def uneven_shares(reading: Reading, lawful: dict[str, str]) -> str | None:
     """'rank 2's share counted 0', for a part whose shares count differently."""
     for name, symbols in reading.uneven.items():
-        wrong = {shard: symbol for shard, symbol in enumerate(symbols) if symbol != lawful[name]}
+        wrong = {shard: symbol for shard, symbol in enumerate(symbols) if symbol != lawful.get(name)}
         if wrong:
             told = ", ".join(f"rank {shard}'s share counted {symbol}" for shard, symbol in wrong.items())
-            return f"{name}: {told} (expected {lawful[name]} each)"
+            return f"{name}: {told} (expected {lawful.get(name, '0')} each)"
     return None

@@ -6,6 +6,7 @@ must have chosen. A simpler explanation comes before a finer one. What nothing e
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +24,14 @@ from harness.algebra import (
     lawful_reading,
     read_shares,
     read_whole,
+    read_with_input,
     symbol_values,
 )  # fmt: skip
-from harness.causes import find_cause, uneven_shares
+from harness.causes import find_cause, uneven_cause, uneven_shares
 from harness.errors import ranks_text
 from harness.parts import expert_parts
-from harness.recover import Recovered, recover
+from harness.problem import Problem
+from harness.recover import Recovered, Story, recover, recoverable, routing_story, rows_story
 from harness.variants import Variant, variants
 from reference.spec import SpecError
 
@@ -53,7 +56,6 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     plain = _plain_cause(evidence)
     if plain is not None:
         return plain
-    ranks = range(len(evidence.outputs))
     whole = _each(evidence, read_whole)
     if whole is not None and all(reading.is_symbolic for reading in whole):
         return _algebra_sentence(evidence, whole)
@@ -61,17 +63,23 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     recent = _variant_cause(evidence, recovered, recent=True)
     if recent is not None:
         return recent
-    shares = [read_whole(evidence, rank) or read_shares(evidence, rank) for rank in ranks] if whole is None else whole
-    told = [reading for reading in shares if reading is not None]
-    explained = len(told) == len(shares) and bool(told)
-    if explained and all(reading.is_symbolic for reading in told):
-        return _algebra_sentence(evidence, told)
+    shares = whole or _each(evidence, lambda e, rank: read_whole(e, rank) or read_shares(e, rank))
+    if shares is not None and all(reading.is_symbolic for reading in shares):
+        return _algebra_sentence(evidence, shares)
+    placed = _input_cause(evidence) or _some_rows_cause(evidence, symbolic=True) or _placed(rows_story(evidence))
+    if placed is not None:
+        return placed
     by_law = _variant_cause(evidence, recovered, recent=False)
     if by_law is not None:
         return by_law
-    if explained:
-        return _algebra_sentence(evidence, told)
-    return _expert_cause(evidence) or _router_cause(evidence, recovered) or _unknown(evidence)
+    if shares is not None:
+        return _algebra_sentence(evidence, shares)
+    return (
+        _expert_cause(evidence)
+        or _router_cause(evidence, recovered)
+        or _some_rows_cause(evidence, symbolic=False)
+        or _unknown(evidence)
+    )
 
 
 def _each(evidence: Evidence, read: Callable[[Evidence, int], Reading | None]) -> list[Reading] | None:
@@ -104,6 +112,15 @@ def _plain_cause(evidence: Evidence) -> Diagnosis | None:
             "A6",
             coefficients={"routed": "0", "shared": "0"},
         )
+    if zero:
+        return Diagnosis(f"y = 0 on {ranks_text(zero)}: nothing was computed or nothing was written there", "A6")
+    if evidence.given.dtype is torch.float32:
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            if all(torch.equal(output.to(dtype).double(), output) for output in evidence.outputs):
+                return Diagnosis(
+                    f"every number of the fp32 output is a {name} number: it was rounded to {name}, or shorter, on its way",
+                    "P1",
+                )
     return None
 
 
@@ -121,7 +138,8 @@ def _first_extreme_stage(evidence: Evidence, row: int) -> tuple[str, str]:
     return "output", "the oracle is finite everywhere"
 
 
-def _algebra_sentence(evidence: Evidence, readings: Sequence[Reading]) -> Diagnosis:
+def _algebra_sentence(evidence: Evidence, readings: Sequence[Reading], rows_text: str = "") -> Diagnosis:
+    """rows_text: ' in 3 of 7 tokens (0, 2, 5)' where the readings hold for those alone."""
     given, tp = evidence.given, evidence.tp
     lawful = lawful_reading(given)
     off = [rank for rank, reading in enumerate(readings) if not is_lawful(reading, lawful)]
@@ -131,36 +149,133 @@ def _algebra_sentence(evidence: Evidence, readings: Sequence[Reading]) -> Diagno
     alike = [rank for rank in off if readings[rank] == first]
     everywhere = len(alike) == len(readings)
     cause = find_cause(first, lawful.symbols, given.spec.scale != 1.0)
+    if first.uneven or cause is None:
+        cause = uneven_cause(readings, lawful.symbols) or (None if first.uneven else cause)
     s_text = f"s={given.spec.scale:g}, " if given.spec.scale != 1.0 else ""
     where = "" if everywhere else f" on {ranks_text(alike)}"
     why = cause.sentence if cause else uneven_shares(first, lawful.symbols) or "no known cause has these factors"
-    coefficients = dict(first.symbols) if everywhere and not first.own_only and not first.uneven else {}
-    sentence = f"y = {formula(first)} instead of {formula(lawful)}{where} ({s_text}tp={tp}): {why}"
-    return Diagnosis(sentence, cause.family if cause else None, "output", coefficients)
+    if formula(first) in ("0", "x"):
+        why = (
+            "nothing was computed or nothing was written there"
+            if formula(first) == "0"
+            else "the layer returns its input"
+        )
+    elif cause and any("tp" in symbol for symbol in cause.symbols.values()):
+        why += _same_as_tp(given, tp)
+    even = everywhere and not first.own_only and not first.uneven and not rows_text
+    sentence = f"y = {formula(first)} instead of {formula(lawful)}{where}{rows_text} ({s_text}tp={tp}): {why}"
+    return Diagnosis(sentence, cause.family if cause else None, "output", dict(first.symbols) if even else {})
 
 
-# Variants that explained an earlier mismatch: one fault shows in many cases, and trying all laws is dear.
+def _same_as_tp(given: Problem, tp: int) -> str:
+    """What else a factor of tp can be by accident."""
+    others = [name for name, value in (("2", 2), ("K", given.spec.routing.top_k)) if value == tp]
+    return f"; at tp={tp} it could also be a factor of {' or '.join(others)}, another tp tells" if others else ""
+
+
+def _input_cause(evidence: Evidence) -> Diagnosis | None:
+    readings = _each(evidence, read_with_input)
+    if readings is None or not all(reading.is_symbolic for reading in readings):
+        return None
+    return _algebra_sentence(evidence, readings)
+
+
+def _some_rows_cause(evidence: Evidence, *, symbolic: bool) -> Diagnosis | None:
+    """The parts' factors in the wrong rows alone, where other rows of the same ranks are right."""
+    rows_RM = evidence.wrong_RM & evidence.decided_M
+    off = [rank for rank, wrong_M in enumerate(evidence.wrong_RM) if bool(wrong_M.any())]
+    right_RM = ~evidence.wrong_RM & evidence.decided_M
+    if not bool(rows_RM[off].any(1).all()) or not bool(right_RM[off].any(1).all()):
+        return None
+    readings = [
+        read_whole(evidence, rank, rows_RM[rank]) if rank in off else lawful_reading(evidence.given)
+        for rank in range(len(evidence.outputs))
+    ]
+    told = [reading for reading in readings if reading is not None]
+    if len(told) < len(readings) or (symbolic and not all(reading.is_symbolic for reading in told)):
+        return None
+    rows = {rank: rows_RM[rank].nonzero()[:, 0].tolist() for rank in off}
+    if all(rows[rank] == rows[off[0]] for rank in off):
+        where = f" in {len(rows[off[0]])} of {rows_RM.shape[1]} tokens ({_numbers(rows[off[0]])})"
+    else:
+        where = " in some tokens (" + "; ".join(f"rank {rank}: {_numbers(rows[rank])}" for rank in off[:4]) + ")"
+    return _algebra_sentence(evidence, told, where)
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    """'3', '0, 2, 5' or '16 to 32'; every other one, and the first few of many."""
+    first, last = numbers[0], numbers[-1]
+    if len(numbers) > 2 and last - first == len(numbers) - 1:
+        return f"{first} to {last}"
+    if len(numbers) > 3 and all(b - a == 2 for a, b in itertools.pairwise(numbers)):
+        return f"every other one, {first} to {last}"
+    shown = ", ".join(map(str, numbers[:6]))
+    return shown if len(numbers) <= 6 else f"{shown}, ..."
+
+
+def _placed(story: Story | None) -> Diagnosis | None:
+    return None if story is None else Diagnosis(story.sentence, story.family, story.stage)
+
+
+# Variants that alone explained an earlier mismatch: one fault shows in many cases, and trying all laws is dear.
 _recent: list[tuple[str, str]] = []
 
 
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """How well a variant explains an output. left: its residual in units of the naive runs' error, over the wrong rows."""
+
+    variant: Variant
+    left: float
+    ranks: tuple[int, ...]
+
+
 def _variant_cause(evidence: Evidence, recovered: Recovered | None, *, recent: bool) -> Diagnosis | None:
-    """The wrong law that explains the output, among those that explained an earlier one, or among the others."""
-    for variant in variants(evidence.given, None if recovered is None else recovered.picks_MK):
-        key = (variant.family, variant.sentence)
-        if (key in _recent) is not recent:
+    """The wrong law that explains the output, among those that explained an earlier one, or among the others.
+
+    Several laws may explain it, in a short dtype or with one token: then all that explain it about as well are told.
+    """
+    picks_MK = None if recovered is None else recovered.picks_MK
+    told_by_router = recoverable(evidence.given)
+    fits: list[_Fit] = []
+    for variant in variants(evidence.given, picks_MK, evidence.tp):
+        if recent and (variant.family, variant.sentence) not in _recent:
             continue
-        ranks = _explained_by(evidence, variant)
-        if ranks is None:
-            continue
+        if told_by_router and (recovered is None) is variant.routes:
+            continue  # experts and S are right if the output is a sum of the lawful experts' outputs, else the router may be
+        fit = _explained_by(evidence, variant)
+        if fit is not None:
+            fits.append(fit)
+    if not fits:
+        return None
+    fits.sort(key=lambda fit: fit.left)
+    contenders = [fit for fit in fits if fit.left <= 2 * max(fits[0].left, 0.7)]
+    sentences = list(dict.fromkeys(fit.variant.sentence for fit in contenders))
+    best = fits[0]
+    where = "" if len(best.ranks) == len(evidence.outputs) else f" on {ranks_text(best.ranks)}"
+    if len(sentences) == 1:
+        key = (best.variant.family, best.variant.sentence)
         if key not in _recent:
             _recent.append(key)
-        where = "" if len(ranks) == len(evidence.outputs) else f" on {ranks_text(ranks)}"
-        return Diagnosis(variant.sentence + where, variant.family, variant.stage)
-    return None
+        return Diagnosis(best.variant.sentence + where, best.variant.family, best.variant.stage)
+    if recent:
+        return None
+    families, stages = ({getattr(fit.variant, name) for fit in contenders} for name in ("family", "stage"))
+    more = f", or {len(sentences) - 3} more" if len(sentences) > 3 else ""
+    return Diagnosis(
+        f"these tokens fit more than one cause{where}: {'; or '.join(sentences[:3])}{more}",
+        families.pop() if len(families) == 1 else None,
+        stages.pop() if len(stages) == 1 else "output",
+    )
 
 
-def _explained_by(evidence: Evidence, variant: Variant) -> list[int] | None:
-    """The ranks whose wrong rows a variant explains, if it explains every wrong row that is no near tie."""
+# A variant has to leave no more than this many times the naive runs' error, and a third of what the law leaves.
+_LEFT = 3.0
+_BETTER = 3.0
+
+
+def _explained_by(evidence: Evidence, variant: Variant) -> _Fit | None:
+    """How a variant explains the wrong rows of all ranks, except near ties; None if it does not."""
     given = evidence.given
     try:
         stages = variant.compute()
@@ -168,18 +283,27 @@ def _explained_by(evidence: Evidence, variant: Variant) -> list[int] | None:
         return None  # this layer cannot get that rule wrong
     naive_M = given.naive_error(evidence.tp, evidence.precision)
     growth_M = (stages.output_MH.norm(dim=-1) / given.stages.output_MH.norm(dim=-1).clamp(min=1e-30)).clamp(min=1.0)
-    limit_M = RESIDUAL_LIMIT * growth_M * (naive_M + naive_M.mean())
+    unit_M = growth_M * (naive_M + naive_M.mean()) / 2
     decided_M = torch.minimum(stages.margin_M, given.stages.margin_M) > _TIE[given.dtype]
-    ranks = []
+    ranks, worst, left, lawful, rows = [], 0.0, 0.0, 0.0, 0
     for rank, output in enumerate(evidence.outputs):
         wrong_M = evidence.wrong_RM[rank]
         if not bool(wrong_M.any()):
             continue
         judged_M = decided_M if bool((wrong_M & decided_M).any()) else wrong_M
-        if not bool(((output - stages.output_MH).norm(dim=-1) <= limit_M)[judged_M].all()):
+        left_M = ((output - stages.output_MH).norm(dim=-1) / unit_M)[judged_M]
+        if not bool((left_M <= 2 * RESIDUAL_LIMIT).all()):
             return None
+        lawful_M = ((output - given.stages.output_MH).norm(dim=-1) / unit_M)[judged_M]
         ranks.append(rank)
-    return ranks
+        worst = max(worst, float(left_M.max()))
+        left, lawful, rows = (
+            left + float(left_M.square().sum()),
+            lawful + float(lawful_M.square().sum()),
+            rows + len(left_M),
+        )
+    left, lawful = math.sqrt(left / rows), math.sqrt(lawful / rows)
+    return _Fit(variant, left, tuple(ranks)) if left <= _LEFT and _BETTER * left <= lawful else None
 
 
 def _expert_cause(evidence: Evidence) -> Diagnosis | None:
@@ -194,7 +318,8 @@ def _expert_cause(evidence: Evidence) -> Diagnosis | None:
     if not alone or matrix.shape[0] < 2 * matrix.shape[1]:
         return None
     naive_M = given.naive_error(tp, evidence.precision) / given.spec.output.share
-    names = symbol_values(given.spec.scale, tp)
+    names = symbol_values(given.spec.scale, 1)  # an expert is spread over all ranks: tp is no factor of one
+    visits_E = given.stages.topk_ids_MK.flatten().bincount(minlength=routing.num_logits).tolist()
     told = []
     for output in evidence.outputs:
         target = output / given.spec.output.share - rest
@@ -208,8 +333,10 @@ def _expert_cause(evidence: Evidence) -> Diagnosis | None:
             symbol = fit_symbol(value, deviation, names, given.dtype)
             if symbol != ("s" if given.spec.scale != 1.0 else "1") and (e, symbol) not in told:
                 told.append((e, symbol))
-    if not told or len(told) > max(2, routing.num_experts // 4):
-        return None
+    if not told or 2 * len({e for e, _ in told}) > len(alone):
+        return None  # most experts are off: the fault is not theirs
+    if any(symbol not in names and visits_E[e] < 2 for e, symbol in told):
+        return None  # with one visit, an expert's factor and a router weight are the same number
     experts = ", ".join(f"expert {e} counted {symbol}" for e, symbol in told)
     return Diagnosis(
         f"{experts} (expected {'s' if given.spec.scale != 1.0 else '1'}), all others right", "F7", "routed"
@@ -220,8 +347,11 @@ def _router_cause(evidence: Evidence, recovered: Recovered | None) -> Diagnosis 
     """The output is a lawful sum of experts, but not of the experts, or with the weights, that the router has to choose."""
     if recovered is None:
         return None
+    story = _placed(routing_story(evidence, recovered))
+    if story is not None:
+        return story
     stages = evidence.given.stages
-    wrong_M = evidence.wrong_RM.any(0)
+    wrong_M = evidence.wrong_RM[recovered.rank]
     row = int(wrong_M.nonzero()[0, 0])
     lawful_ME = torch.zeros_like(recovered.weights_ME).scatter(1, stages.topk_ids_MK, stages.topk_weights_MK)
     other_sets = (recovered.picks_MK.sort(-1).values != stages.topk_ids_MK.sort(-1).values).any(-1) & wrong_M
@@ -232,12 +362,12 @@ def _router_cause(evidence: Evidence, recovered: Recovered | None) -> Diagnosis 
         _visits(lawful_ME[row], stages.topk_ids_MK[row]),
     )
     what = (
-        f"chooses other experts for {int(other_sets.sum())} of {len(wrong_M)} tokens"
+        f"{int(other_sets.sum())} of {len(wrong_M)} tokens visit other experts than the law's"
         if bool(other_sets.any())
-        else "weighs the right experts wrongly"
+        else "the right experts have wrong weights"
     )
     return Diagnosis(
-        f"the router {what}, by no rule that is known here; token {row} visits {told}, the law says {lawful}", None,
+        f"{what}, by no rule that is known here; token {row} visits {told}, the law says {lawful}", None,
         "topk_ids" if bool(other_sets.any()) else "topk_weights",
     )  # fmt: skip
 
@@ -255,5 +385,40 @@ def _unknown(evidence: Evidence) -> Diagnosis:
     wrong = int(evidence.wrong_RM.any(0).sum())
     return Diagnosis(
         f"unknown: neither a sum of the parts nor a wrong rule explains it; {wrong} of {errors.shape[1]} rows wrong, "
-        f"worst token {row} on rank {rank}, off by {relative:.3g} of its length", None,
+        f"worst token {row} on rank {rank}, off by {relative:.3g} of its length{_whereabouts(evidence, relative)}", None,
     )  # fmt: skip
+
+
+def _whereabouts(evidence: Evidence, relative: float) -> str:
+    """What the wrong places have in common, for an error without a name: tokens, columns, experts, ranks."""
+    given, wrong_RM = evidence.given, evidence.wrong_RM
+    wrong_M, clues = wrong_RM.any(0), []
+    if not bool(wrong_M.all()):
+        clues.append(f"only tokens {_numbers(wrong_M.nonzero()[:, 0].tolist())}")
+    error_MH = torch.stack([(output - given.stages.output_MH).abs() for output in evidence.outputs]).amax(0)[wrong_M]
+    naive_M = given.naive_error(evidence.tp, evidence.precision)[wrong_M]
+    wrong_H = (error_MH > 6 * naive_M[:, None] / math.sqrt(error_MH.shape[1])).any(0)
+    columns = wrong_H.nonzero()[:, 0].tolist()
+    if columns and len(columns) <= 3 * len(wrong_H) // 4:
+        clues.append(f"only columns {_numbers(columns)} of {len(wrong_H)}")
+    suspects = _suspects(given.stages.topk_ids_MK, wrong_M)
+    if suspects:
+        clues.append(f"exactly the tokens that visit expert {' or '.join(map(str, suspects))}")
+    right = [rank for rank, wrong in enumerate(wrong_RM) if not bool(wrong.any())]
+    if given.dtype is torch.float32 and bool(wrong_M.all()) and 2**-12 < relative < 2**-6:
+        clues.append("as little as a rounding to bf16 or fp16 somewhere would do")
+    if right:
+        clues.append(f"{ranks_text(right)} right")
+    elif evidence.tp > 1:
+        clues.append("all ranks alike" if evidence.ranks_agree else "the ranks differ")
+    return f" ({'; '.join(clues)})" if clues else ""
+
+
+def _suspects(topk_ids_MK: Tensor, wrong_M: Tensor) -> list[int]:
+    """One or two experts that all wrong tokens visit and no right one does; empty if there are none or more."""
+    visits_ME = torch.zeros(len(wrong_M), int(topk_ids_MK.max()) + 1, dtype=torch.bool).scatter(1, topk_ids_MK, True)
+    only_E = visits_ME[wrong_M].any(0) & ~visits_ME[~wrong_M].any(0)
+    if not bool((~wrong_M).any()) or not bool(visits_ME[wrong_M][:, only_E].any(-1).all()):
+        return []
+    experts = only_E.nonzero()[:, 0].tolist()
+    return experts if len(experts) <= 2 else []

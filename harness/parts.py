@@ -19,7 +19,7 @@ from reference.spec import MoESpec
 
 # what each part is called in a formula
 LETTERS = {
-    "routed": "R", "shared": "S", "zero": "Z", "expert bias": "B", "latent bias": "b", "shared bias": "c",
+    "routed": "R", "shared": "S", "zero": "Z", "expert bias": "B", "latent bias": "b", "shared bias": "c", "input": "x",
 }  # fmt: skip
 
 
@@ -67,6 +67,11 @@ def shares(given: Problem, tp: int) -> tuple[Part, ...]:
         cut.append(Part("shared", shard, stages.shared_MH, False))
     whole = [part for part in parts(given) if part.name not in ("routed", "shared")]
     return tuple(part for part in (*cut, *whole) if bool(part.value_MH.any()))
+
+
+def layer_input(given: Problem) -> Part:
+    """The hidden states themselves, no part of the law."""
+    return Part("input", None, given.tokens.hidden_states.double(), False)
 
 
 @functools.lru_cache(maxsize=4)

@@ -2,6 +2,8 @@
 
 Each row of the output, less the lawful rest, is solved for the experts' own outputs on that token. It needs no stages
 from the system, only fewer experts than half the width, experts that are linear in their weight, and right experts.
+`routing_story` then says in which simple way those weights differ from the law's; `rows_story` knows outputs whose rows
+are right but stand at other tokens.
 """
 
 from __future__ import annotations
@@ -19,27 +21,34 @@ from reference.moe import Choice, forward
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recovered:
-    """weights_ME: float64, in units of the router's weights before s.    picks_MK: the K experts of largest weight."""
+    """weights_ME: float64, in units of the router's weights before s.    picks_MK: the K experts of largest weight.
+
+    rank: whose output it is.
+    """
 
     weights_ME: Tensor
     picks_MK: Tensor
+    rank: int
+
+
+def recoverable(given: Problem) -> bool:
+    """Whether outputs of this layer tell the router's weights."""
+    spec, routing = given.spec, given.spec.routing
+    inner = spec.experts.latent_size or spec.hidden_size
+    inputs = routing.weight_on == "input" or routing.num_zero_experts > 0
+    return spec.vision is None and not inputs and routing.num_experts <= inner // 2
 
 
 def recover(evidence: Evidence) -> Recovered | None:
-    """The router weights that explain rank 0's output; None if none do, or if the layer does not allow the question."""
+    """The router weights that explain the first wrong rank's output; None if none do, or if the layer is not recoverable."""
     given = evidence.given
-    spec, routing = given.spec, given.spec.routing
-    inner = spec.experts.latent_size or spec.hidden_size
-    if (
-        spec.vision is not None
-        or routing.weight_on == "input"
-        or routing.num_zero_experts
-        or routing.num_experts > inner // 2
-    ):
+    if not recoverable(given):
         return None
+    spec = given.spec
+    rank = int(evidence.wrong_RM.any(1).nonzero()[0, 0])
     columns_EMH = _each_expert(given)
     rest_MH = given.stages.offset_H + given.stages.shared_MH
-    target_MH = (evidence.outputs[0] / spec.output.share - rest_MH) / spec.scale
+    target_MH = (evidence.outputs[rank] / spec.output.share - rest_MH) / spec.scale
     matrix_MHE = columns_EMH.permute(1, 2, 0)
     weights_ME = torch.linalg.lstsq(matrix_MHE, target_MH[:, :, None], driver="gelsd").solution[:, :, 0]
     residual_M = ((matrix_MHE @ weights_ME[:, :, None])[:, :, 0] - target_MH).norm(dim=-1) * spec.scale
@@ -47,7 +56,7 @@ def recover(evidence: Evidence) -> Recovered | None:
     growth_M = (weights_ME.abs().sum(-1) / given.stages.topk_weights_MK.abs().sum(-1).clamp(min=1e-30)).clamp(min=1.0)
     if not bool((residual_M <= RESIDUAL_LIMIT * growth_M * (naive_M + naive_M.mean())).all()):
         return None
-    return Recovered(weights_ME, weights_ME.abs().topk(routing.top_k, -1).indices)
+    return Recovered(weights_ME, weights_ME.abs().topk(spec.routing.top_k, -1).indices, rank)
 
 
 @functools.lru_cache(maxsize=4)
@@ -60,3 +69,206 @@ def _each_expert(given: Problem) -> Tensor:
         choice = Choice(torch.full_like(ones_M1, e, dtype=torch.int64), ones_M1, given.stages.margin_M)
         alone.append(forward(spec, given.exact, x_MH, choice=choice).routed_MH)
     return torch.stack(alone)
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """family: None where the sentence describes without naming a cause.    stage: as in a Finding."""
+
+    family: str | None
+    stage: str
+    sentence: str
+
+
+# How exactly a weight is recovered, as a share of the largest of its token.
+_WEIGHT = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 6e-3}
+
+
+def routing_story(evidence: Evidence, recovered: Recovered) -> Story | None:
+    """How the recovered weights differ from the law's, if it is simple enough for a sentence."""
+    given = evidence.given
+    rows, stages = evidence.decided_M.nonzero()[:, 0], given.stages
+    law_ME = torch.zeros_like(recovered.weights_ME).scatter(1, stages.topk_ids_MK, stages.topk_weights_MK)
+    found_ME = recovered.weights_ME[rows]
+    near_M1 = _WEIGHT[given.dtype] * torch.maximum(law_ME[rows], found_ME.abs()).amax(-1, keepdim=True).clamp(min=1e-30)
+    moved = describe_moves(_sources(found_ME, law_ME, 2 * near_M1[:, 0]), "is routed as", rows)
+    if moved is not None:
+        return Story("H2", "topk_ids", f"tokens are routed as other tokens: {moved}")
+    if bool(((law_ME[rows] - found_ME).abs() <= near_M1).all()):
+        return None  # the weights are right where they can be told
+    for story in (_permuted, _renamed, _rescaled):
+        told = story(law_ME[rows], found_ME, near_M1)
+        if told is not None:
+            return told
+    told = _lost(law_ME[rows], found_ME, near_M1, stages.topk_ids_MK[rows])
+    if told is not None:
+        return told
+    ordered_MK = recovered.weights_ME.gather(1, stages.topk_ids_MK)
+    none_else = ((found_ME.abs() > near_M1).sum(-1) <= stages.topk_ids_MK.shape[1]).all()
+    moved = describe_moves(
+        _sources(ordered_MK[rows], stages.topk_weights_MK, 2 * near_M1[:, 0]), "takes those of", rows
+    )
+    if moved is not None and bool(none_else):
+        return Story("H2", "topk_weights", f"tokens have their own experts with the weights of other tokens: {moved}")
+    return None
+
+
+def _permuted(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor) -> Story | None:
+    """The right experts and the right weights, paired wrongly."""
+    same_experts = ((law_ME.abs() > near_M1) == (found_ME.abs() > near_M1)).all()
+    same_weights = ((law_ME.sort(-1).values - found_ME.sort(-1).values).abs() <= near_M1).all()
+    if not bool(same_experts & same_weights):
+        return None
+    return Story(
+        "D15",
+        "topk_weights",
+        "each token has the right experts and the right weights, but paired wrongly: weights and ids are not in the same order",
+    )
+
+
+def _renamed(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor) -> Story | None:
+    """Expert e of the law is another one throughout: its number or its weights are those of another."""
+    law_order, found_order = law_ME.argsort(-1, descending=True), found_ME.argsort(-1, descending=True)
+    law_sorted, found_sorted = law_ME.gather(1, law_order), found_ME.gather(1, found_order)
+    if len(law_ME) < 2 or not bool(((law_sorted - found_sorted).abs() <= near_M1).all()):
+        return None
+    used = law_sorted > near_M1
+    apart = law_sorted.new_ones(used.shape, dtype=torch.bool)
+    gap = (law_sorted[:, :-1] - law_sorted[:, 1:]) > 2 * near_M1
+    apart[:, :-1] &= gap
+    apart[:, 1:] &= gap
+    seen: dict[int, set[int]] = {}
+    for e, f in zip(law_order[used & apart].tolist(), found_order[used & apart].tolist(), strict=True):
+        seen.setdefault(e, set()).add(f)
+    if not seen or any(len(others) > 1 for others in seen.values()):
+        return None
+    renamed = {e: next(iter(others)) for e, others in sorted(seen.items())}
+    wrong = {e: f for e, f in renamed.items() if e != f}
+    if not wrong:
+        return None
+    count = law_ME.shape[1]
+    shifts = {(f - e) % count for e, f in renamed.items()}
+    if len(shifts) == 1:
+        shift = shifts.pop()
+        told = f"every expert's number is off by {shift if shift <= count // 2 else shift - count:+d}"
+    elif all(f == count - 1 - e for e, f in renamed.items()):
+        told = "the experts are numbered backwards"
+    elif len(wrong) > 4:
+        return None
+    else:
+        told = ", ".join(f"expert {f} computes for expert {e}" for e, f in wrong.items())
+    return Story("F7", "topk_ids", f"the right weights go to wrong experts: {told}")
+
+
+def _lost(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor, ids_MK: Tensor) -> Story | None:
+    """Some of the (token, expert) pairs do not count, the others are right; or one expert counts beside the right ones."""
+    visited, counted = law_ME > near_M1, found_ME.abs() > near_M1
+    right = (law_ME - found_ME).abs() <= near_M1
+    if bool((right | ~visited).all()):
+        extra = (counted & ~visited).any(0).nonzero()[:, 0].tolist()
+        if len(extra) > 1 or not extra:
+            return None
+        weights = found_ME[:, extra[0]][(counted & ~visited)[:, extra[0]]]
+        return Story(
+            "F7", "topk_ids",
+            f"expert {extra[0]} counts for {len(weights)} tokens that were not routed to it, with weights {_span(weights)}",
+        )  # fmt: skip
+    lost = visited & ~counted
+    if not bool(lost.any()) or bool((counted & ~visited).any()) or not bool((right | lost).all()):
+        return None
+    for slot, which in ((-1, "last"), (0, "first")):
+        one = torch.zeros_like(visited).scatter(1, ids_MK[:, slot, None], True)
+        if ids_MK.shape[1] > 1 and bool((lost == (one & visited)).all()):
+            told = f"the {which} expert that each token chose does not count; the others have their lawful weights"
+            return Story("D13", "topk_weights", told)
+    nth = visited.cumsum(0)  # the how manieth token of an expert this is
+    limit = int(nth[visited & ~lost].max()) if bool((visited & ~lost).any()) else 0
+    pairs = f"{int(lost.sum())} of {int(visited.sum())} token-expert pairs do not count, the others are right"
+    if limit and bool((lost == (visited & (nth > limit))).all()):
+        return Story(
+            "G9", "routed", f"{pairs}: no expert serves more than its first {limit} token{'s' if limit > 1 else ''}"
+        )
+    experts = lost.any(0).nonzero()[:, 0]
+    whole = bool((lost[:, experts] == visited[:, experts]).all())
+    many = len(experts) > 1
+    which = f"expert{'s' if many else ''} {', '.join(map(str, experts.tolist()))}"
+    told = f"{which} never count{'' if many else 's'}" if whole else f"{which} lose{'' if many else 's'} tokens"
+    return Story("F7" if whole else "G9", "routed", f"{pairs}: {told}")
+
+
+def _rescaled(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor) -> Story | None:
+    """The right experts in the right proportions, with another sum."""
+    factor_M1 = (law_ME * found_ME).sum(-1, keepdim=True) / law_ME.square().sum(-1, keepdim=True)
+    if not bool(((factor_M1 * law_ME - found_ME).abs() <= near_M1).all()) or not bool(
+        (law_ME > near_M1).sum(-1).gt(1).all()
+    ):
+        return None
+    lawful, found = law_ME.sum(-1), found_ME.sum(-1)
+    return Story(
+        None, "topk_weights",
+        f"each token has the right experts in the right proportions, but their weights sum to {_span(found)} "
+        f"instead of {_span(lawful)}: another normalisation",
+    )  # fmt: skip
+
+
+def _span(values: Tensor) -> str:
+    """'0.25' or '0.5 to 0.75'."""
+    least, most = f"{float(values.min()):.3g}", f"{float(values.max()):.3g}"
+    return least if least == most else f"{least} to {most}"
+
+
+def rows_story(evidence: Evidence) -> Story | None:
+    """Rows that are right for another token, in the whole output or in R or S alone; all ranks alike."""
+    given, tp = evidence.given, evidence.tp
+    stages, spec = given.stages, given.spec
+    rows = (evidence.decided_M).nonzero()[:, 0]
+    if len(rows) < 2 or not evidence.ranks_agree:
+        return None
+    naive_M = given.naive_error(tp, evidence.precision)
+    limit_M = RESIDUAL_LIMIT / 2 * (naive_M + naive_M.mean())
+    output_MH = evidence.outputs[0]
+    alone = (
+        ("the output", stages.output_MH),
+        ("R", spec.output.share * spec.scale * stages.routed_MH),
+        ("S", spec.output.share * stages.shared_MH),
+    )
+    for name, part_MH in alone:
+        if not bool(part_MH.any()):
+            continue
+        source_M = _sources((output_MH - (stages.output_MH - part_MH))[rows], part_MH, limit_M[rows])
+        moved = describe_moves(source_M, "gets the row of", rows)
+        if moved is not None:
+            return Story("H2", "output", f"rows of {name} stand at the wrong tokens: {moved}")
+    return None
+
+
+def _sources(found: Tensor, law: Tensor, limit_M: Tensor) -> Tensor | None:
+    """Which row of law each row of found is, its own if that fits; None if some row is none of them."""
+    distance = torch.cdist(found, law, compute_mode="donot_use_mm_for_euclid_dist")
+    fits = distance <= limit_M[:, None]
+    return distance.argmin(-1) if bool(fits.any(-1).all()) else None
+
+
+def describe_moves(source_M: Tensor | None, verb: str, rows: Tensor) -> str | None:
+    """'each token gets the row of the one before it', or the first moves one by one; None if nothing moved.
+
+    source_M: where each of the rows comes from.
+    """
+    if source_M is None or len(rows) < 2:
+        return None
+    tokens, sources = rows.tolist(), source_M.tolist()
+    count = max(*tokens, *sources) + 1
+    moves = [(m, other) for m, other in zip(tokens, sources, strict=True) if m != other]
+    if not moves:
+        return None
+    shifts = {(other - m) % count for m, other in zip(tokens, sources, strict=True)}
+    if len(set(sources)) == 1:
+        return f"every token {verb} token {sources[0]}"
+    if len(shifts) == 1:
+        shift = shifts.pop()
+        step, side = (count - shift, "before") if 2 * shift >= count else (shift, "after")
+        return f"each token {verb} the one {f'{step} places ' if step > 1 else ''}{side} it, around the end"
+    if all(other == count - 1 - m for m, other in moves):
+        return f"the order is reversed, token 0 {verb} token {count - 1}"
+    told = ", ".join(f"token {m} {verb} token {other}" for m, other in moves[:3])
+    return told if len(moves) <= 3 else f"{told}, and {len(moves) - 3} more"
