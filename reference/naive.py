@@ -40,7 +40,7 @@ def naive(
     added one by one, ranks in their order; s is in the router's weights (but for weights on the input).
 
     weights, hidden_states_MH, is_vision_M: as for `forward`.    stages: its result, of which only topk_ids_MK is read,
-    so that a near tie never makes the yardstick longer.    tp: 1 or more, divides every width of spec.tp_widths().
+    so that a near tie never makes the yardstick longer; nor does rounding decide about a sparsemixer's masks.    tp: 1 or more, divides every width of spec.tp_widths().
     precision: where the router rounds.    Returns two [M, H] of the dtype; inf where the dtype overflows.
     """
     dtype = hidden_states_MH.dtype
@@ -124,11 +124,13 @@ def _router_weights(
     if routing.router_norm_epsilon is not None:
         x_MH = x_MH * torch.rsqrt(x_MH.square().mean(-1, keepdim=True) + routing.router_norm_epsilon)
         x_MH = as_stored(x_MH * weights["router_scale"] * x_MH.shape[1] ** -0.5, precision.logits)
-    logits_ME = as_stored(x_MH @ weights["router_weight"].T, precision.logits)
+    exact_ME = x_MH @ weights["router_weight"].T
+    logits_ME = as_stored(exact_ME, precision.logits)
     if routing.router_bias:
+        exact_ME = exact_ME + weights["router_bias"]
         logits_ME = as_stored(logits_ME + weights["router_bias"], precision.logits)
     if routing.scoring_func == "sparsemixer":
-        weights_MK = _two_softmaxes(logits_ME, ids_MK, routing)
+        weights_MK = _two_softmaxes(logits_ME, _far_from_picks(exact_ME, ids_MK, routing), ids_MK)
     elif routing.score_after_topk:
         weights_MK = _score(logits_ME.gather(1, ids_MK), routing)
     else:
@@ -151,16 +153,19 @@ def _score(logits: Tensor, routing: Routing) -> Tensor:
     return torch.sigmoid(logits) if routing.scoring_func == "sigmoid" else functional.softplus(logits).sqrt()
 
 
-def _two_softmaxes(logits_ME: Tensor, ids_MK: Tensor, routing: Routing) -> Tensor:
-    """Sparsemixer: each pick against the logits near it, the first pick being out of the second softmax."""
+def _far_from_picks(logits_ME: Tensor, ids_MK: Tensor, routing: Routing) -> Tensor:
+    """The sparsemixer's masks, bool [M, 2, E]: far from the pick, or the first pick in the second mask."""
     assert routing.sparsemixer_epsilon is not None  # Routing refuses the combination
-    picked_MK = logits_ME.gather(1, ids_MK)
-    best_MK1 = picked_MK[..., None]
-    logits_MKE = logits_ME[:, None, :].expand(-1, 2, -1)
-    far_MKE = (best_MK1 - logits_MKE) / torch.maximum(logits_MKE.abs(), best_MK1) > 2 * routing.sparsemixer_epsilon
+    best_MK1, logits_M1E = logits_ME.gather(1, ids_MK)[..., None], logits_ME[:, None]
+    far_MKE = (best_MK1 - logits_M1E) / torch.maximum(logits_M1E.abs(), best_MK1) > 2 * routing.sparsemixer_epsilon
     far_MKE[:, 1].scatter_(1, ids_MK[:, :1], True)
-    total_MK = (logits_MKE - best_MK1).exp().masked_fill(far_MKE, 0.0).sum(-1)
-    return 1 / total_MK
+    return far_MKE
+
+
+def _two_softmaxes(logits_ME: Tensor, far_MKE: Tensor, ids_MK: Tensor) -> Tensor:
+    """Sparsemixer: each pick against the logits near it."""
+    from_pick_MKE = logits_ME[:, None] - logits_ME.gather(1, ids_MK)[..., None]
+    return 1 / from_pick_MKE.exp().masked_fill(far_MKE, 0.0).sum(-1)
 
 
 def _routed(

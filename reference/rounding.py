@@ -24,6 +24,10 @@ from reference.spec import Activation, Experts, MoESpec, RouterPrecision, Routin
 
 # Deviation of a rounding error in u of the value: 0.29 to 0.58 by the value's leading digits, this on the average.
 _TYPICAL_ROUNDING = 0.42
+# No score of a router is off by more deviations than this: the largest of 20 million was 7.9 (docs/tolerance.md).
+# The certified bound grows with the width of a sum, not with its root, and would call half of all tokens of a real
+# layer near ties; it is kept where it is the smaller one.
+_SURE = 16.0
 # |f''| of the activations, rounded up; relu2 and silu have theirs at 0.
 _CURVATURE = {"silu": 0.51, "gelu": 0.80, "gelu_tanh": 0.81, "relu2": 2.0}
 
@@ -215,6 +219,7 @@ def router_error(
 ) -> Tensor:
     """By how much a legal router's ranking score of each expert may differ from the oracle's: delta_ME, float64 [M, E].
 
+    The smaller of the certified bound and 16 standard deviations.
     The ranking score is what `select_experts` compares: the score, or the logit where the model chooses before it
     scores and for sparsemixer, plus the correction bias. A group's sum of two stays within the sum of their deltas.
     """
@@ -227,14 +232,15 @@ def router_error(
             every_ME = torch.arange(routing.num_logits).expand_as(logits_ME.value)
             scores_ME = moe.score(logits_ME.value, routing)
             share_ME = scores_ME if routing.scoring_func == "softmax" else torch.zeros_like(scores_ME)
-            _, log_bound_ME = _log_errors(logits_ME, every_ME, share_ME[:, None], routing)
-            ranked_ME = Noisy(scores_ME, scores_ME, scores_ME * log_bound_ME.expm1())
+            log_variance_ME, log_bound_ME = _log_errors(logits_ME, every_ME, share_ME[:, None], routing)
+            log_variance_ME = log_variance_ME + (_evaluated(logits_ME.value, share_ME[:, None]) / _SURE).square()
+            ranked_ME = Noisy(scores_ME, scores_ME.square() * log_variance_ME, scores_ME * log_bound_ME.expm1())
             ranked_ME = ranked_ME.stored(unit) if precision.scores == "model" else ranked_ME
         if routing.correction_bias:
             ranked_ME = (ranked_ME + named["e_score_correction_bias"]).stored(_FP32)
         # a group score is the sum of two and rounded once more: its share is put on each of them
         grouped_ME = ranked_ME.stored(_FP32) if routing.n_group > 1 else ranked_ME
-        delta_ME[rows_M] = grouped_ME.bound
+        delta_ME[rows_M] = torch.minimum(grouped_ME.bound, _SURE * grouped_ME.variance.sqrt())
     return delta_ME
 
 
@@ -329,11 +335,15 @@ def _log_errors(logits_ME: Noisy, ids_MK: Tensor, share_MKE: Tensor, routing: Ro
 
     variance_MK = summed(share_MKE.square(), a_ME.square() * logits_ME.variance)
     bound_MK = summed(share_MKE, a_ME * logits_ME.bound)
-    # the second derivatives add up to less than 1; the exponentials are of arguments that float32 rounds
-    reach_M1 = (l_ME.abs() + 8).amax(-1, keepdim=True) + (l_ME.amax(-1) - l_ME.amin(-1))[:, None]
-    evaluated_M1 = _FP32.u * (reach_M1 + l_ME.shape[1] * (share_MKE.sum((1, 2)) > 0)[:, None])
-    bound_MK = bound_MK + logits_ME.bound.amax(-1, keepdim=True).square() + evaluated_M1
+    # the second derivatives add up to less than 1
+    bound_MK = bound_MK + logits_ME.bound.amax(-1, keepdim=True).square() + _evaluated(l_ME, share_MKE)
     return variance_MK, bound_MK.clamp(max=50.0)  # e**50 allows anything, and stays finite
+
+
+def _evaluated(logits_ME: Tensor, share_MKE: Tensor) -> Tensor:
+    """What evaluating the scores in float32 adds at worst, [M, 1]: the exponentials are of arguments that it rounds."""
+    reach_M1 = (logits_ME.abs() + 8).amax(-1, keepdim=True) + (logits_ME.amax(-1) - logits_ME.amin(-1))[:, None]
+    return _FP32.u * (reach_M1 + logits_ME.shape[1] * (share_MKE.sum((1, 2)) > 0)[:, None])
 
 
 def _routed(

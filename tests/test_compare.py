@@ -1,0 +1,98 @@
+"""The rule on rows: near ties by their legal routes, the shortcut past the error analysis, and what neither may excuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.case import Case, parse
+from harness.check import check
+from harness.compare import DEVIATION_LIMIT, RUN_LIMIT, compare, near_ties
+from harness.finding import Verdict
+from harness.problem import Problem, problem
+from harness.systems import resolve
+from reference.moe import Choice, forward
+from reference.rounding import analyse, router_error
+from reference.routes import legal_routes
+
+
+def _routes(given: Problem, row: int) -> list[Choice]:
+    routing, x_1H = given.spec.routing, given.tokens.hidden_states[row : row + 1]
+    bias_E, factor_E = (given.exact.get(name) for name in ("e_score_correction_bias", "per_expert_scale"))
+    delta_E = router_error(given.spec, given.exact, x_1H, routing.precision)[0]
+    return legal_routes(routing, given.stages.logits_ME[row], bias_E, delta_E, factor_E) or []
+
+
+def _on_route(given: Problem, row: int, route: Choice) -> Tensor:
+    """The right output, but for one row on another route; rounded to the dtype."""
+    output_MH = given.stages.output_MH.clone()
+    output_MH[row] = forward(given.spec, given.exact, given.tokens.hidden_states[row : row + 1], choice=route).output_MH
+    return output_MH.to(given.dtype)
+
+
+def _judged(given: Problem, *outputs: Tensor):
+    return compare(given, outputs, 1.0, len(outputs), given.spec.routing.precision)
+
+
+@pytest.mark.parametrize("model", ["gemma4", "lfm2_moe", "phimoe", "granitemoehybrid"])
+def test_every_legal_route_of_a_near_tie_is_right_and_ten_per_cent_beside_it_is_wrong(model: str) -> None:
+    given = problem(Case(model=model, dtype="bf16", tokens=200, seed=1))
+    tried = 0
+    for row in near_ties(given, given.spec.routing.precision).nonzero()[:40, 0].tolist():
+        for route in _routes(given, row):
+            right_MH = _on_route(given, row, route)
+            assert not _judged(given, right_MH).wrong, (row, route.topk_ids_MK)
+            wrong_MH = right_MH.clone()
+            wrong_MH[row] *= 1.1
+            assert _judged(given, wrong_MH).wrong_RM[0, row], (row, route.topk_ids_MK)
+            tried += route.topk_ids_MK.tolist()[0] != given.stages.topk_ids_MK[row].tolist()
+    assert tried >= 2
+
+
+def test_an_expert_that_no_rounding_can_choose_is_wrong() -> None:
+    given = problem(Case(model="mixtral", dtype="bf16", tokens=33, seed=1))
+    for row in range(33):
+        ids = given.stages.topk_ids_MK[row].tolist()
+        ids[-1] = int(given.stages.logits_ME[row].argmin())
+        chosen = Choice(torch.tensor([ids]), given.stages.topk_weights_MK[row : row + 1], torch.zeros(1))
+        assert _judged(given, _on_route(given, row, chosen)).wrong_RM[0, row]
+
+
+def test_a_route_that_weighs_its_experts_more_may_err_more() -> None:
+    """Token 155 changes a mask, and with it from a weight of 0.5 to 1; its error is 1.24 times what the oracle's may be."""
+    finding = check(parse("phimoe@tp2.bf16.tokens200.seed3170"), resolve("runner"))
+    assert finding.verdict is Verdict.OK, finding.diagnosis
+    assert finding.figures["rows_on_another_legal_route"] >= 1
+
+
+def test_ranks_that_disagree_with_every_route_are_wrong_though_one_of_them_is_right() -> None:
+    given = problem(Case(model="gemma4", dtype="bf16", tokens=33, seed=1))
+    row = int(near_ties(given, given.spec.routing.precision).nonzero()[0, 0])
+    right_MH = given.stages.output_MH.to(given.dtype)
+    wrong_MH = right_MH.clone()
+    wrong_MH[row] *= 1.5
+    assert _judged(given, right_MH, wrong_MH).wrong_RM.any(0).tolist() == [m == row for m in range(33)]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("model", ["jamba", "nemotron_h", "llama4", "qwen3_next"])
+def test_the_shortcut_past_the_analysis_changes_no_verdict(model: str, dtype: str) -> None:
+    given = problem(Case(model=model, dtype=dtype, tokens=33, seed=2))
+    spec, x_MH, stages, precision = given.spec, given.tokens.hidden_states, given.stages, given.spec.routing.precision
+    deviation_M = analyse(spec, given.exact, x_MH, stages, 1, precision).deviation_M
+    decided_M = ~near_ties(given, precision)
+    generator = torch.Generator().manual_seed(0)
+    for factor in (0.5, 1.4, 1.6, 3.0, 10.0, 30.0, 100.0, 1000.0):
+        noise_MH = torch.randn(stages.output_MH.shape, generator=generator, dtype=torch.float64)
+        error_MH = noise_MH / noise_MH.norm(dim=1, keepdim=True) * (factor * deviation_M)[:, None]
+        error_M = error_MH.norm(dim=1)
+        expected_M = (error_M > RUN_LIMIT * given.naive_error(1, precision)) & (error_M > DEVIATION_LIMIT * deviation_M)
+        found_M = _judged(given, stages.output_MH + error_MH).wrong_RM[0]
+        assert found_M[decided_M].equal(expected_M[decided_M])
+
+
+def test_nan_and_infinity_are_wrong_on_near_ties_too() -> None:
+    given = problem(Case(model="gemma4", dtype="bf16", tokens=7, seed=1))
+    for value in (float("nan"), float("inf")):
+        assert _judged(given, torch.full_like(given.tokens.hidden_states, value)).wrong_RM.all()
