@@ -6,7 +6,6 @@ must have chosen. A simpler explanation comes before a finer one. What nothing e
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from harness.causes import find_cause, uneven_cause, uneven_shares
 from harness.errors import ranks_text
 from harness.parts import expert_parts
 from harness.problem import Problem
-from harness.recover import Recovered, Story, recover, recoverable, routing_story, rows_story
+from harness.recover import Recovered, Story, numbers_text, recover, recoverable, routing_story, rows_story
 from harness.variants import Variant, variants
 from reference.spec import SpecError
 
@@ -196,21 +195,10 @@ def _some_rows_cause(evidence: Evidence, *, symbolic: bool) -> Diagnosis | None:
         return None
     rows = {rank: rows_RM[rank].nonzero()[:, 0].tolist() for rank in off}
     if all(rows[rank] == rows[off[0]] for rank in off):
-        where = f" in {len(rows[off[0]])} of {rows_RM.shape[1]} tokens ({_numbers(rows[off[0]])})"
+        where = f" in {len(rows[off[0]])} of {rows_RM.shape[1]} tokens ({numbers_text(rows[off[0]])})"
     else:
-        where = " in some tokens (" + "; ".join(f"rank {rank}: {_numbers(rows[rank])}" for rank in off[:4]) + ")"
+        where = " in some tokens (" + "; ".join(f"rank {rank}: {numbers_text(rows[rank])}" for rank in off[:4]) + ")"
     return _algebra_sentence(evidence, told, where)
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-    """'3', '0, 2, 5' or '16 to 32'; every other one, and the first few of many."""
-    first, last = numbers[0], numbers[-1]
-    if len(numbers) > 2 and last - first == len(numbers) - 1:
-        return f"{first} to {last}"
-    if len(numbers) > 3 and all(b - a == 2 for a, b in itertools.pairwise(numbers)):
-        return f"every other one, {first} to {last}"
-    shown = ", ".join(map(str, numbers[:6]))
-    return shown if len(numbers) <= 6 else f"{shown}, ..."
 
 
 def _placed(story: Story | None) -> Diagnosis | None:
@@ -269,13 +257,14 @@ def _variant_cause(evidence: Evidence, recovered: Recovered | None, *, recent: b
     )
 
 
-# A variant has to leave no more than this many times the naive runs' error, and a third of what the law leaves.
-_LEFT = 3.0
+# A variant has to leave no more than this many times the naive runs' error (right ones left 1.6 at most in 264 planted
+# faults, and those that fitted by accident 2 and more), and a third of what the law leaves.
+_LEFT = 1.75
 _BETTER = 3.0
 
 
 def _explained_by(evidence: Evidence, variant: Variant) -> _Fit | None:
-    """How a variant explains the wrong rows of all ranks, except near ties; None if it does not."""
+    """How a variant explains the wrong rows of all ranks, near ties aside; None if it does not."""
     given = evidence.given
     try:
         stages = variant.compute()
@@ -284,26 +273,25 @@ def _explained_by(evidence: Evidence, variant: Variant) -> _Fit | None:
     naive_M = given.naive_error(evidence.tp, evidence.precision)
     growth_M = (stages.output_MH.norm(dim=-1) / given.stages.output_MH.norm(dim=-1).clamp(min=1e-30)).clamp(min=1.0)
     unit_M = growth_M * (naive_M + naive_M.mean()) / 2
-    decided_M = torch.minimum(stages.margin_M, given.stages.margin_M) > _TIE[given.dtype]
-    ranks, worst, left, lawful, rows = [], 0.0, 0.0, 0.0, 0
+    decided_M = evidence.decided_M
+    if variant.routes:
+        decided_M = torch.minimum(stages.margin_M, given.stages.margin_M) > _TIE[given.dtype]
+    ranks, left, lawful = [], [], []
     for rank, output in enumerate(evidence.outputs):
         wrong_M = evidence.wrong_RM[rank]
         if not bool(wrong_M.any()):
             continue
         judged_M = decided_M if bool((wrong_M & decided_M).any()) else wrong_M
-        left_M = ((output - stages.output_MH).norm(dim=-1) / unit_M)[judged_M]
-        if not bool((left_M <= 2 * RESIDUAL_LIMIT).all()):
+        left_M = (output - stages.output_MH).norm(dim=-1) / unit_M
+        if not bool((left_M <= 2 * RESIDUAL_LIMIT)[judged_M].all()):
             return None
-        lawful_M = ((output - given.stages.output_MH).norm(dim=-1) / unit_M)[judged_M]
+        if float((left_M <= RESIDUAL_LIMIT)[wrong_M].double().mean()) < 0.5:
+            return None  # near ties may fall either way, but not most rows
         ranks.append(rank)
-        worst = max(worst, float(left_M.max()))
-        left, lawful, rows = (
-            left + float(left_M.square().sum()),
-            lawful + float(lawful_M.square().sum()),
-            rows + len(left_M),
-        )
-    left, lawful = math.sqrt(left / rows), math.sqrt(lawful / rows)
-    return _Fit(variant, left, tuple(ranks)) if left <= _LEFT and _BETTER * left <= lawful else None
+        left.append(left_M[judged_M])
+        lawful.append(((output - given.stages.output_MH).norm(dim=-1) / unit_M)[judged_M])
+    left_over, law_over = (float(torch.cat(rows).square().mean().sqrt()) for rows in (left, lawful))
+    return _Fit(variant, left_over, tuple(ranks)) if left_over <= _LEFT and _BETTER * left_over <= law_over else None
 
 
 def _expert_cause(evidence: Evidence) -> Diagnosis | None:
@@ -384,7 +372,7 @@ def _unknown(evidence: Evidence) -> Diagnosis:
     relative = float(errors[rank, row] / given.stages.output_MH[row].norm().clamp(min=1e-30))
     wrong = int(evidence.wrong_RM.any(0).sum())
     return Diagnosis(
-        f"unknown: neither a sum of the parts nor a wrong rule explains it; {wrong} of {errors.shape[1]} rows wrong, "
+        f"unknown: neither a sum of the parts nor a known wrong rule explains it; {wrong} of {errors.shape[1]} rows wrong, "
         f"worst token {row} on rank {rank}, off by {relative:.3g} of its length{_whereabouts(evidence, relative)}", None,
     )  # fmt: skip
 
@@ -394,13 +382,13 @@ def _whereabouts(evidence: Evidence, relative: float) -> str:
     given, wrong_RM = evidence.given, evidence.wrong_RM
     wrong_M, clues = wrong_RM.any(0), []
     if not bool(wrong_M.all()):
-        clues.append(f"only tokens {_numbers(wrong_M.nonzero()[:, 0].tolist())}")
+        clues.append(f"only tokens {numbers_text(wrong_M.nonzero()[:, 0].tolist())}")
     error_MH = torch.stack([(output - given.stages.output_MH).abs() for output in evidence.outputs]).amax(0)[wrong_M]
     naive_M = given.naive_error(evidence.tp, evidence.precision)[wrong_M]
     wrong_H = (error_MH > 6 * naive_M[:, None] / math.sqrt(error_MH.shape[1])).any(0)
     columns = wrong_H.nonzero()[:, 0].tolist()
     if columns and len(columns) <= 3 * len(wrong_H) // 4:
-        clues.append(f"only columns {_numbers(columns)} of {len(wrong_H)}")
+        clues.append(f"only columns {numbers_text(columns)} of {len(wrong_H)}")
     suspects = _suspects(given.stages.topk_ids_MK, wrong_M)
     if suspects:
         clues.append(f"exactly the tokens that visit expert {' or '.join(map(str, suspects))}")

@@ -9,12 +9,15 @@ are right but stand at other tokens.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from harness.algebra import RESIDUAL_LIMIT, Evidence
+from harness.parts import shares
 from harness.problem import Problem
 from reference.moe import Choice, forward
 
@@ -218,7 +221,7 @@ def _span(values: Tensor) -> str:
 
 
 def rows_story(evidence: Evidence) -> Story | None:
-    """Rows that are right for another token, in the whole output or in R or S alone; all ranks alike."""
+    """Rows or columns that are right in another place, in the whole output or in R or S alone; all ranks alike."""
     given, tp = evidence.given, evidence.tp
     stages, spec = given.stages, given.spec
     rows = (evidence.decided_M).nonzero()[:, 0]
@@ -239,7 +242,61 @@ def rows_story(evidence: Evidence) -> Story | None:
         moved = describe_moves(source_M, "gets the row of", rows)
         if moved is not None:
             return Story("H2", "output", f"rows of {name} stand at the wrong tokens: {moved}")
+    return _columns_story(evidence, rows, limit_M) or _unsummed_story(evidence, rows, limit_M)
+
+
+def _columns_story(evidence: Evidence, rows: Tensor, limit_M: Tensor) -> Story | None:
+    """Columns of the output that are another column of the law's, 0 or twice it."""
+    law_HM = evidence.given.stages.output_MH[rows].T
+    found_HM = evidence.outputs[0][rows].T
+    limit_H = (limit_M[rows].norm() / len(law_HM) ** 0.5).expand(len(law_HM))
+    all_columns = torch.arange(len(law_HM))
+    if len(rows) < 4:
+        return None  # too few numbers in a column to recognise it by
+    moved = describe_moves(_sources(found_HM, law_HM, limit_H), "is", all_columns, "column")
+    if moved is not None:
+        return Story("H4", "output", f"columns stand in the wrong places: {moved}")
+    wrong_H = (found_HM - law_HM).norm(dim=-1) > limit_H
+    for factor, told in ((0.0, "are 0"), (2.0, "count twice")):
+        off = (found_HM - factor * law_HM)[wrong_H].norm(dim=-1)
+        if bool(wrong_H.any()) and not bool(wrong_H.all()) and bool((off <= max(1.0, factor) * limit_H[wrong_H]).all()):
+            columns = numbers_text(wrong_H.nonzero()[:, 0].tolist())
+            return Story("H4", "output", f"columns {columns} of {len(law_HM)} {told}, the others are right")
     return None
+
+
+def _unsummed_story(evidence: Evidence, rows: Tensor, limit_M: Tensor) -> Story | None:
+    """Blocks of rows, or of columns, each of which is one rank's partial sum: gathered where they were to be summed."""
+    given, tp = evidence.given, evidence.tp
+    held = shares(given, tp) if tp > 1 else ()
+    if not held or any(part.shard is None for part in held):
+        return None
+    partial_RMH = torch.zeros(tp, *evidence.outputs[0].shape, dtype=torch.float64)
+    for part in held:
+        partial_RMH[part.shard] += given.spec.output.share * (given.spec.scale if part.scaled else 1.0) * part.value_MH
+    miss_RMH = (evidence.outputs[0] - partial_RMH)[:, rows]
+    by_row = (miss_RMH.norm(dim=-1) <= limit_M[rows]).double()
+    by_column = (miss_RMH.norm(dim=1) <= limit_M[rows].norm() / miss_RMH.shape[-1] ** 0.5).double()
+    for what, fits in (("rows", by_row), ("columns", by_column)):
+        ranks = fits.argmax(0).tolist()
+        if bool(fits.any(0).all()) and len(set(ranks)) > 1 and ranks == sorted(ranks):
+            return Story(
+                "B7",
+                "output",
+                f"the {what} are cut into blocks, each of them one rank's partial sum: gathered, not summed",
+            )
+    return None
+
+
+def numbers_text(numbers: Sequence[int]) -> str:
+    """'3', '0, 2, 5' or '16 to 32'; every other one, and the first few of many."""
+    first, last = numbers[0], numbers[-1]
+    if len(numbers) > 2 and last - first == len(numbers) - 1:
+        return f"{first} to {last}"
+    if len(numbers) > 3 and all(b - a == 2 for a, b in itertools.pairwise(numbers)):
+        return f"every other one, {first} to {last}"
+    shown = ", ".join(map(str, numbers[:6]))
+    return shown if len(numbers) <= 6 else f"{shown}, ..."
 
 
 def _sources(found: Tensor, law: Tensor, limit_M: Tensor) -> Tensor | None:
@@ -249,7 +306,7 @@ def _sources(found: Tensor, law: Tensor, limit_M: Tensor) -> Tensor | None:
     return distance.argmin(-1) if bool(fits.any(-1).all()) else None
 
 
-def describe_moves(source_M: Tensor | None, verb: str, rows: Tensor) -> str | None:
+def describe_moves(source_M: Tensor | None, verb: str, rows: Tensor, noun: str = "token") -> str | None:
     """'each token gets the row of the one before it', or the first moves one by one; None if nothing moved.
 
     source_M: where each of the rows comes from.
@@ -263,12 +320,12 @@ def describe_moves(source_M: Tensor | None, verb: str, rows: Tensor) -> str | No
         return None
     shifts = {(other - m) % count for m, other in zip(tokens, sources, strict=True)}
     if len(set(sources)) == 1:
-        return f"every token {verb} token {sources[0]}"
+        return f"every {noun} {verb} {noun} {sources[0]}"
     if len(shifts) == 1:
         shift = shifts.pop()
         step, side = (count - shift, "before") if 2 * shift >= count else (shift, "after")
-        return f"each token {verb} the one {f'{step} places ' if step > 1 else ''}{side} it, around the end"
+        return f"each {noun} {verb} the one {f'{step} places ' if step > 1 else ''}{side} it, around the end"
     if all(other == count - 1 - m for m, other in moves):
-        return f"the order is reversed, token 0 {verb} token {count - 1}"
-    told = ", ".join(f"token {m} {verb} token {other}" for m, other in moves[:3])
+        return f"the order is reversed, {noun} 0 {verb} {noun} {count - 1}"
+    told = ", ".join(f"{noun} {m} {verb} {noun} {other}" for m, other in moves[:3])
     return told if len(moves) <= 3 else f"{told}, and {len(moves) - 3} more"

@@ -13,6 +13,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from harness.parts import shares
 from harness.problem import Problem
 from reference.moe import (
     Choice,
@@ -55,8 +56,8 @@ def variants(given: Problem, picks_MK: Tensor | None, tp: int) -> Iterator[Varia
     yield from _routing(given, picks_MK)
     if given.spec.vision is None:
         yield from _more_routing(given)
-    yield from _in_both(given, [*_experts(given), *(_shared(given) if given.spec.shared is not None else ())])
-    yield from _in_both(given, [*_activations(given), *_slices(given, tp)])
+    shared = () if given.spec.shared is None else _shared(given, tp)
+    yield from _in_both(given, [*_experts(given), *shared, *_activations(given), *_slices(given, tp)])
     if given.spec.vision is not None:
         yield from _modalities(given)
 
@@ -241,7 +242,7 @@ def _experts(given: Problem) -> Iterator[Variant]:
         )
         other = "halved" if experts.layout == "interleaved" else "interleaved"
         yield Variant(
-            "F2", "routed", f"w13 is read as {other}, it is stored {experts.layout}",
+            "F2", "routed", f"w13 is read as {other}, it is stored {experts.layout}, in the routed experts",
             lambda: _with_experts(given, layout=other),
         )  # fmt: skip
     if act.clamp != "none":
@@ -264,7 +265,7 @@ def _experts(given: Problem) -> Iterator[Variant]:
             yield with_act("F6", f"the routed experts use {kind} instead of {act.kind}", kind=kind, alpha=1.0)
 
 
-def _shared(given: Problem) -> Iterator[Variant]:
+def _shared(given: Problem, tp: int) -> Iterator[Variant]:
     shared = given.spec.shared
     assert shared is not None
     act = shared.activation
@@ -288,6 +289,10 @@ def _shared(given: Problem) -> Iterator[Variant]:
             "the shared experts read a buffer that holds R",
             lambda: _shared_of(given, given.stages.routed_MH),
         )
+    if tp > 1 and not shared.bias:
+        for scale in {given.spec.scale, 1.0}:
+            own_share = "the shared experts read a buffer that holds the rank's own share of R"
+            yield Variant("C1", "shared", own_share, partial(_shared_of_shares, given, scale, tp))
     if act.clamp != "none":
         plain = replace(act, clamp="none", limit=None)
         yield with_shared("E5", "the shared experts are not clamped", activation=plain)
@@ -430,6 +435,20 @@ def _plain_bias(given: Problem) -> Stages:
     plain = _with_tensor(given, "b2", torch.zeros_like)
     output_MH = plain.output_MH + bias_MH * given.spec.scale * given.spec.output.share
     return replace(plain, output_MH=output_MH)
+
+
+def _shared_of_shares(given: Problem, scale: float, tp: int) -> Stages:
+    """Each rank's shared experts read the rank's own share of R, which its kernel wrote over x."""
+    shared, weights = given.spec.shared, given.exact
+    assert shared is not None
+    total_MH, width = torch.zeros_like(given.stages.output_MH), shared.intermediate_size // tp
+    for part in shares(given, tp):
+        if part.name == "routed" and part.shard is not None:
+            own = torch.zeros_like(weights["shared_w2"])
+            columns = slice(part.shard * width, (part.shard + 1) * width)
+            own[:, columns] = weights["shared_w2"][:, columns]
+            total_MH = total_MH + shared_experts(part.value_MH * scale, {**weights, "shared_w2": own}, shared)
+    return _with_parts(given, shared_MH=total_MH)
 
 
 def _shared_of(given: Problem, buffer_MH: Tensor) -> Stages:
@@ -696,7 +715,8 @@ def _slices(given: Problem, tp: int) -> Iterator[Variant]:
         shared = given.spec.shared
         owners.append(("shared", "shared_", shared.intermediate_size, shared.activation.gated))
     for who, prefix, width, gated in owners:
-        for family, sentence, gate, up, down in _cuts(width, tp, gated) if tp > 1 else ():
+        cuts = [*(_misread(width, who == "shared") if gated else ()), *(_cuts(width, tp, gated) if tp > 1 else ())]
+        for family, sentence, gate, up, down in cuts:
             yield Variant(
                 family, who, f"{sentence} in the {who} experts",
                 partial(_sliced, given, prefix, width, gate, up, down),
@@ -724,13 +744,22 @@ def _slices(given: Problem, tp: int) -> Iterator[Variant]:
             )
 
 
+def _misread(width: int, halved: bool) -> Iterator[tuple[str, str, Tensor, Tensor, Tensor]]:
+    """As `_cuts`, on one rank too. halved: w13 is stored gate first and may be taken for interleaved."""
+    whole = torch.arange(width)
+    late = torch.arange(1, 2 * width + 1) % (2 * width)
+    yield "F2", "w13 is read from one row too late", late[:width], late[width:], whole
+    if halved:
+        yield "F2", "w13 is read as interleaved, it is stored halved,", 2 * whole, 2 * whole + 1, whole
+
+
 def _cuts(width: int, tp: int, gated: bool) -> Iterator[tuple[str, str, Tensor, Tensor, Tensor]]:
     """(family, sentence, rows of gate, rows of up, columns of w2); rows of up count from I on where w13 is cut as one."""
     whole = torch.arange(width)
     share = width // tp
     for shift, which in ((-share, "next"), (share, "previous")):
         if shift == -share or tp > 2:
-            yield "F9", f"w2 is the {which} rank's share, w13 the rank's own,", whole, whole + width, whole.roll(shift)
+            yield "F9", f"w2's share is that of the {which} rank from w13's", whole, whole + width, whole.roll(shift)
     first = whole % share
     yield "F9", "every rank has rank 0's share of w2", whole, whole + width, first
     yield "F9", "every rank has rank 0's share of w13", first, first + width, whole

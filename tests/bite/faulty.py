@@ -159,3 +159,90 @@ NOTHING_REDUCED = planning(routed_reduced=Reduced.NOT_NEEDED, shared_reduced=Red
 def all_reduced_twice(layer: FusedMoE, comm: Communicator) -> None:
     right = layer.runner.forward
     layer.runner.forward = lambda x, logits: comm.all_reduce(right(x, logits))
+
+
+# ---- wrong in ways that no list named beforehand
+
+
+def adding_input(times: Callable[[int], float] = lambda tp: 1.0) -> Plant:
+    """The residual, which the decoder adds, in the layer."""
+
+    def plant(layer: FusedMoE, comm: Communicator) -> None:
+        right = layer.runner.forward
+        layer.runner.forward = lambda x, logits: right(x, logits) + times(comm.tp.size) * x
+
+    return plant
+
+
+def reducing(how: Callable[[Tensor, Communicator], Tensor]) -> Plant:
+    """Every rank's partial sum, reduced in another way. how: (the rank's own y, comm) -> y."""
+
+    def plant(layer: FusedMoE, comm: Communicator) -> None:
+        NOTHING_REDUCED(layer, comm)
+        answering(lambda y: how(y, comm))(layer, comm)
+
+    return plant
+
+
+def routing(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Plant:
+    """The right weights and ids, changed afterwards: (weights [M, K], ids [M, K]) -> the same."""
+
+    def plant(layer: FusedMoE, comm: Communicator) -> None:
+        right = layer.runner.router
+
+        class Wrong:
+            scales = right.scales
+
+            def select_experts(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+                return change(*right.select_experts(logits))
+
+        layer.runner.router = Wrong()
+
+    return plant
+
+
+def router_with(**changes: Callable[[object], object]) -> Plant:
+    """The router with some fields of its rule, or its bias_E, changed."""
+
+    def plant(layer: FusedMoE, comm: Communicator) -> None:
+        router = layer.runner.router
+        if "bias_E" in changes:
+            layer.runner.router = replace(router, bias_E=changes["bias_E"](router.bias_E))
+            return
+        rule = {name: change(getattr(router.routing, name)) for name, change in changes.items()}
+        layer.runner.router = replace(router, routing=replace(router.routing, **rule))
+
+    return plant
+
+
+def w2_as(change: Callable[[Tensor], Tensor]) -> Plant:
+    """The kernel's w2 [E, i, P] changed."""
+
+    def plant(layer: FusedMoE, comm: Communicator) -> None:
+        layer.runner.kernel._w2_EiP = change(layer.runner.kernel._w2_EiP).contiguous()
+
+    return plant
+
+
+def w2_of_the_next_rank(layer: FusedMoE, comm: Communicator) -> None:
+    everyone = comm.tp.all_gather(layer.runner.kernel._w2_EiP[None].contiguous())
+    layer.runner.kernel._w2_EiP = everyone[(comm.tp.rank + 1) % comm.tp.size].contiguous()
+
+
+def gate_and_up_exchanged(layer: FusedMoE, comm: Communicator) -> None:
+    kernel = layer.runner.kernel
+    swapped = kernel.weights.w13_EnP.unflatten(1, (2, -1)).flip(1).flatten(1, 2)
+    kernel._w13_Pm = swapped.float().flatten(0, 1).T
+
+
+def dropped_beyond(capacity: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Each expert serves its first tokens alone."""
+
+    def change(weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        weights = weights.clone()
+        for e in ids.unique().tolist():
+            rows, slot = (ids == e).nonzero(as_tuple=True)
+            weights[rows[capacity:], slot[capacity:]] = 0.0
+        return weights, ids
+
+    return change
