@@ -34,6 +34,7 @@ CAUSES = (
     Cause("A1", {"routed": "s^2"}, "the routed scaling factor is applied twice (s^2)"),
     Cause("A5", {"routed": "1", "shared": "1/s"}, "the fp16 form R + S/s is returned and its unit 1/s is not declared"),
     Cause("A3", {"routed": "s", "shared": "s"}, "the routed scaling factor multiplies the shared experts too: s*(R + S)"),
+    Cause("A3", {"routed": "1", "shared": "s"}, "the routed scaling factor multiplies the shared experts in place of the routed part"),
     Cause("A2", {"routed": "1"}, "the routed scaling factor is never applied"),
     Cause("H1", {"routed": "0", "shared": "0", "input": "1"}, "the layer returns its input"),
     Cause("A6", {"routed": "0", "shared": "0"}, "nothing was computed or nothing was written there"),
@@ -62,17 +63,42 @@ CAUSES = (
 )  # fmt: skip
 
 
-def find_cause(reading: Reading, lawful: dict[str, str], has_scale: bool) -> Cause | None:
-    """The first row of CAUSES that fits the reading and in which something deviates from the law."""
+def find_causes(reading: Reading, lawful: dict[str, str], has_scale: bool) -> list[Cause]:
+    """The first rows of CAUSES that fit the reading, each for parts that deviate and that no earlier row explains."""
+    found: list[Cause] = []
+    left = unexplained(reading, lawful, found)
     for cause in CAUSES:
         wanted = {name: _without_s(symbol) if not has_scale else symbol for name, symbol in cause.symbols.items()}
-        if not all(name in reading.symbols for name in wanted):
+        if not all(name in reading.symbols for name in wanted) or not left & wanted.keys():
             continue
         if all(_matches(reading, name, symbol, lawful) for name, symbol in wanted.items()):
-            deviates = [n for n in wanted if n in reading.own_only or reading.symbols[n] != lawful.get(n, "0")]
-            if deviates:
-                return cause
-    return None
+            if found and not wanted.keys() <= left:
+                continue  # a second cause has parts of its own
+            found.append(cause)
+            left = unexplained(reading, lawful, found)
+    return found
+
+
+# Which part a bias goes with: multiplied or lost together, it needs no cause of its own.
+_WITH = {"expert bias": "routed", "latent bias": "routed", "shared bias": "shared"}
+# A factor of R by what a bias gets that the law does not scale.
+_UNSCALED = {"s*tp": "tp", "s^2": "s", "s/tp": "1/tp", "1": "1/s", "-s": "-1", "2*s": "2", "s/2": "1/2"}
+
+
+def unexplained(reading: Reading, lawful: dict[str, str], causes: Sequence[Cause]) -> set[str]:
+    """The parts that deviate from the law and belong to none of the causes."""
+    explained = {name for cause in causes for name in cause.symbols}
+    left = set()
+    for name, symbol in reading.symbols.items():
+        owner, lawful_symbol = _WITH.get(name), lawful.get(name, "0")
+        if name in explained or (symbol == lawful_symbol and name not in reading.own_only):
+            continue
+        if owner in explained:
+            whole = reading.symbols[owner] if owner else ""
+            if symbol in (whole, _UNSCALED.get(whole, whole)):
+                continue
+        left.add(name)
+    return left
 
 
 def _matches(reading: Reading, name: str, wanted: str, lawful: dict[str, str]) -> bool:

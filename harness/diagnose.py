@@ -26,9 +26,9 @@ from harness.algebra import (
     read_with_input,
     symbol_values,
 )  # fmt: skip
-from harness.causes import find_cause, uneven_cause, uneven_shares
+from harness.causes import find_causes, uneven_cause, uneven_shares, unexplained
 from harness.errors import ranks_text
-from harness.parts import expert_parts
+from harness.parts import LETTERS, expert_parts
 from harness.problem import Problem
 from harness.recover import Recovered, Story, numbers_text, recover, recoverable, routing_story, rows_story
 from harness.variants import Variant, variants
@@ -147,23 +147,27 @@ def _algebra_sentence(evidence: Evidence, readings: Sequence[Reading], rows_text
     first = readings[off[0]]
     alike = [rank for rank in off if readings[rank] == first]
     everywhere = len(alike) == len(readings)
-    cause = find_cause(first, lawful.symbols, given.spec.scale != 1.0)
-    if first.uneven or cause is None:
-        cause = uneven_cause(readings, lawful.symbols) or (None if first.uneven else cause)
+    causes = find_causes(first, lawful.symbols, given.spec.scale != 1.0)
+    uneven = uneven_cause(readings, lawful.symbols) if first.uneven or not causes else None
+    causes = ([] if uneven is None else [uneven]) if first.uneven or not causes else causes
     s_text = f"s={given.spec.scale:g}, " if given.spec.scale != 1.0 else ""
     where = "" if everywhere else f" on {ranks_text(alike)}"
-    why = cause.sentence if cause else uneven_shares(first, lawful.symbols) or "no known cause has these factors"
+    why = "; and ".join(cause.sentence for cause in causes)
+    why = why or uneven_shares(first, lawful.symbols) or "no known cause has these factors"
     if formula(first) in ("0", "x"):
         why = (
             "nothing was computed or nothing was written there"
             if formula(first) == "0"
             else "the layer returns its input"
         )
-    elif cause and any("tp" in symbol for symbol in cause.symbols.values()):
-        why += _same_as_tp(given, tp)
+    elif causes and not uneven:
+        left = unexplained(first, lawful.symbols, causes)
+        why += f"; no known cause has the factor of {', '.join(LETTERS[name] for name in sorted(left))}" if left else ""
+        if any("tp" in symbol for cause in causes for symbol in cause.symbols.values()):
+            why += _same_as_tp(given, tp)
     even = everywhere and not first.own_only and not first.uneven and not rows_text
     sentence = f"y = {formula(first)} instead of {formula(lawful)}{where}{rows_text} ({s_text}tp={tp}): {why}"
-    return Diagnosis(sentence, cause.family if cause else None, "output", dict(first.symbols) if even else {})
+    return Diagnosis(sentence, causes[0].family if causes else None, "output", dict(first.symbols) if even else {})
 
 
 def _same_as_tp(given: Problem, tp: int) -> str:

@@ -87,6 +87,19 @@ EDITS = (
         'weights["b2"] if rank == 0 else torch.zeros_like(weights["b2"])', 'weights["b2"]', "added on every rank (x tp)",
     ),
     Edit(
+        "mean over ranks", "moe_runner.py",
+        "states = self.comm.tp.all_reduce(states)", "states = self.comm.tp.all_reduce(states) / self.comm.tp.size",
+        "averaged instead of",
+    ),
+    Edit(
+        "residual added", "moe_runner.py",
+        "return result_MH if self.share == 1.0", "return result_MH + hidden_states_MH if self.share == 1.0", "adds its input x",
+    ),
+    Edit(
+        "w2 of the next rank", "experts.py",
+        "w2_EPi = w2[:, :,", "w2_EPi = w2.roll(-share, 2)[:, :,", "w2's share is that of the next rank from w13's",
+    ),
+    Edit(
         "unit not declared", "layer.py",
         "return self.plan.output_unit", "return 1.0", "its unit 1/s is not declared",
     ),

@@ -159,6 +159,22 @@ def test_a_factor_of_two_on_two_ranks_says_what_else_it_could_be():
     assert "could also be" not in wrong(faulty.all_reduced_twice, "glm4_moe_lite", tp=4).diagnosis
 
 
+def test_two_faults_at_once_are_both_told():
+    def both(layer, comm):
+        faulty.shared_summed_per_rank(layer, comm)
+        faulty.adding_input()(layer, comm)
+
+    finding = wrong(both, "ernie4_5_moe", tp=4)
+    assert "summed once per rank (S x tp)" in finding.diagnosis, finding.diagnosis
+    assert "and the layer adds its input x" in finding.diagnosis
+
+
+def test_a_second_factor_without_a_cause_is_said_to_have_none():
+    plant = faulty.scaling(lambda s: s * s, lambda s: 0.3)
+    finding = wrong(plant, "deepseek_v3")
+    assert "applied twice (s^2); no known cause has the factor of S" in finding.diagnosis, finding.diagnosis
+
+
 # What no rule explains gets no family, however well some law fits by accident: short dtypes, few tokens, near ties.
 NAMELESS = {
     "five percent": faulty.answering(lambda y: y * 1.05),
