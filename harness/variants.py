@@ -213,6 +213,10 @@ def _more_routing(given: Problem) -> Iterator[Variant]:
             "the lowest scores are chosen, not the highest",
             lambda: _ranked_by(given, -_ranking(given)),
         )
+    if rule.correction_bias and rule.n_group == 1:
+        by_logits = "the experts are chosen by logit + correction bias, not by score + correction bias"
+        bias_E = given.exact["e_score_correction_bias"]
+        yield Variant("D2", "topk_ids", by_logits, lambda: _ranked_by(given, stages.logits_ME + bias_E))
     if rule.per_expert_scale or rule.scoring_func == "sparsemixer":
         yield weighed(
             "D6",

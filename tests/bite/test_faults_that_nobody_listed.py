@@ -124,6 +124,25 @@ def test_a_router_with_one_wrong_field_is_named(name: str):
     assert finding.family == family
 
 
+def test_experts_chosen_by_biased_logits_are_named():
+    def plant(layer, comm):
+        router = layer.runner.router
+
+        class Wrong:
+            scales = True
+
+            def select_experts(self, logits):
+                ids = (logits.float() + router.bias_E).topk(router.routing.top_k).indices
+                weights = logits.float().sigmoid().gather(1, ids)
+                return weights / weights.sum(-1, keepdim=True) * router.scale, ids
+
+        layer.runner.router = Wrong()
+
+    finding = wrong(plant, "exaone_moe")
+    assert "chosen by logit + correction bias" in finding.diagnosis, finding.diagnosis
+    assert finding.family == "D2"
+
+
 def test_every_other_row_twice_names_the_rows_and_the_factor():
     finding = wrong(faulty.answering(lambda y: changed(y, slice(1, None, 2), 2.0)), "glm4_moe", tokens=7)
     assert "in 3 of 7 tokens (1, 3, 5)" in finding.diagnosis, finding.diagnosis
