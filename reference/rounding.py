@@ -414,7 +414,8 @@ def _activation(gate: Noisy, up: Noisy | None, rule: Activation, unit: Unit) -> 
     act = gate.mapped(lambda g: moe.activate(g, None, rule), _CURVATURE[rule.kind] * rule.alpha)
     if rule.clamp == "after" and rule.limit is not None and up is not None:
         act, up = act.clamped(None, rule.limit), up.clamped(-rule.limit, rule.limit)
-    act = act.stored(unit)
+    # silu written out, x * sigmoid(alpha * x), rounds up to three times where a fused one rounds once
+    act = act.stored(unit, 1 if rule.kind != "silu" else 2 if rule.alpha == 1.0 else 3)
     if up is None:
         return act
     return (act * ((up + torch.tensor(rule.up_offset)).stored(unit) if rule.up_offset else up)).stored(unit)
