@@ -70,6 +70,8 @@ def judge(case: Case, system: System, given: Problem, run: Run) -> Finding:
         return _found(case, system, Verdict.MISMATCH, compared, cause)
     if known.agrees(entry, cause.coefficients, case, given):
         return _found(case, system, Verdict.KNOWN, compared, cause, entry.reference)
+    if not cause.coefficients and known.explains(entry, outputs, case, given):
+        return _found(case, system, Verdict.KNOWN, compared, Diagnosis(known.told(entry), None), entry.reference)
     return _found(
         case, system, Verdict.MISMATCH, compared, cause, f"the ledger expects another fault here: {entry.reference}"
     )

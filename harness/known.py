@@ -6,10 +6,15 @@ may not rot.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from harness.algebra import law, symbol_values
 from harness.case import DTYPES, Case
+from harness.parts import parts
 from harness.problem import Problem
 
 
@@ -93,6 +98,26 @@ def agrees(entry: Known, coefficients: dict[str, str], case: Case, given: Proble
     values = _values(case, given)
     read = {name: values.get(symbol) for name, symbol in coefficients.items()}
     return read == _wanted(entry, case, given)
+
+
+def explains(entry: Known, outputs: Sequence[Tensor], case: Case, given: Problem) -> bool:
+    """Whether every rank's output is what the entry foretells, within roundings of the addends that it foretells.
+
+    For outputs that no fit can read: a part that counts tp times leaves tp times its roundings, and one token in bf16
+    then determines nothing. outputs: [M, H] float64 for each rank, in units of y.
+    """
+    wanted = _wanted(entry, case, given)
+    addends = [wanted[part.name] * part.value_MH * given.spec.output.share for part in parts(given)]
+    foretold_MH = torch.stack(addends).sum(0)
+    u = torch.finfo(given.dtype).eps / 2
+    allowed_M = (case.grid.tp + 4) * u * torch.stack([addend.norm(dim=-1) for addend in addends]).sum(0)
+    return all(bool(((output - foretold_MH).norm(dim=-1) <= allowed_M).all()) for output in outputs)
+
+
+def told(entry: Known) -> str:
+    """The entry's claim as a sentence."""
+    claims = ", ".join(f"{name} x {symbol}" for name, symbol in entry.coefficients.items())
+    return f"as the ledger of known faults foretells: {claims}; no fit can read it off so few tokens"
 
 
 def _values(case: Case, given: Problem) -> dict[str, float]:

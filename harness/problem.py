@@ -6,7 +6,7 @@ Systems, grids and options of a case change none of this, so a matrix computes i
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,10 +31,13 @@ class Problem:
     exact: dict[str, Tensor]
     tokens: Tokens
     stages: Stages
+    _errors: dict[tuple[int, RouterPrecision], Tensor] = field(default_factory=dict)
 
     def naive_error(self, tp: int, precision: RouterPrecision) -> Tensor:
         """float64 [M]: the larger row error (L2) of the two naive runs, the unit in which a system's error is read."""
-        return _naive_error(self, tp, precision)
+        if (tp, precision) not in self._errors:
+            self._errors[tp, precision] = _naive_error(self, tp, precision)
+        return self._errors[tp, precision]
 
 
 def problem(case: Case) -> Problem:
@@ -42,8 +45,8 @@ def problem(case: Case) -> Problem:
     return _problem(case.spec, case.dtype, case.tokens, case.seed)
 
 
-# A twin's weights take 0.2 MB a dtype and its stages less: all twins of a matrix fit.
-@functools.lru_cache(maxsize=256)
+# A twin's weights take 0.2 MB a dtype and its stages less: the cases of one model fit, and a matrix goes model by model.
+@functools.lru_cache(maxsize=48)
 def _problem(spec: MoESpec, dtype: str, tokens: int, seed: int) -> Problem:
     with torch.inference_mode():
         weights, exact = _weights(spec, dtype, seed), _exact(spec, dtype, seed)
@@ -52,7 +55,7 @@ def _problem(spec: MoESpec, dtype: str, tokens: int, seed: int) -> Problem:
     return Problem(spec, DTYPES[dtype], weights, exact, rows, stages)
 
 
-@functools.lru_cache(maxsize=96)
+@functools.lru_cache(maxsize=12)
 def _weights(spec: MoESpec, dtype: str, seed: int) -> dict[str, Tensor]:
     if dtype == "fp32":
         return make_weights(spec, seed, DTYPES[dtype])
@@ -60,7 +63,7 @@ def _weights(spec: MoESpec, dtype: str, seed: int) -> dict[str, Tensor]:
     return {name: t if name.endswith("e_score_correction_bias") else t.to(DTYPES[dtype]) for name, t in exact.items()}
 
 
-@functools.lru_cache(maxsize=24)
+@functools.lru_cache(maxsize=6)
 def _exact(spec: MoESpec, dtype: str, seed: int) -> dict[str, Tensor]:
     return {name: tensor.double() for name, tensor in _weights(spec, dtype, seed).items()}
 
@@ -70,7 +73,6 @@ def _tokens(spec: MoESpec, dtype: str, tokens: int, seed: int) -> Tokens:
     return make_tokens(spec, tokens, seed, DTYPES[dtype])
 
 
-@functools.lru_cache(maxsize=2048)
 def _naive_error(given: Problem, tp: int, precision: RouterPrecision) -> Tensor:
     x_MH, is_vision_M = given.tokens.hidden_states, given.tokens.is_vision
     if x_MH.shape[0] == 0:
@@ -80,7 +82,12 @@ def _naive_error(given: Problem, tp: int, precision: RouterPrecision) -> Tensor:
         return (torch.stack(runs).double() - given.stages.output_MH).norm(dim=-1).amax(0)
 
 
+def make_inputs(case: Case) -> None:
+    """Make weights and tokens of a case, so that a benchmark can leave them out."""
+    _exact(case.spec, case.dtype, case.seed)
+    _tokens(case.spec, case.dtype, case.tokens, case.seed)
+
+
 def forget_oracle() -> None:
     """Drop what the oracle and the naive runs computed; weights and tokens stay. For benchmarks."""
     _problem.cache_clear()
-    _naive_error.cache_clear()

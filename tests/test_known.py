@@ -67,6 +67,19 @@ def test_an_entry_whose_fault_is_gone_is_a_mismatch(monkeypatch):
     assert "passes, but the ledger expects a fault" in finding.diagnosis
 
 
+@pytest.mark.parametrize("seed", [100, 102, 104, 106, 107])
+def test_a_known_fault_that_no_fit_can_read_is_known_by_its_prediction(seed):
+    case = Case(model="nemotron_h", grid=Grid(tp=8), dtype="bf16", tokens=1, seed=seed)
+    assert check(case, LEGACY).verdict is Verdict.KNOWN
+
+
+def test_a_prediction_with_other_coefficients_explains_nothing(monkeypatch):
+    wrong = tuple(replace(e, coefficients={"latent bias": "s"}) if e.model == "nemotron_h" else e for e in known.LEDGER)
+    monkeypatch.setattr(known, "LEDGER", wrong)
+    case = Case(model="nemotron_h", grid=Grid(tp=8), dtype="bf16", tokens=1, seed=100)
+    assert check(case, LEGACY).verdict is Verdict.MISMATCH
+
+
 def test_every_entry_names_a_reference_and_a_model_that_exists():
     for entry in known.LEDGER:
         assert len(entry.reference) > 20
