@@ -234,8 +234,9 @@ def routed_experts(
     Zero experts have no weights and no part in R.
     """
     expert_T, order_T = topk_ids_MK.flatten().sort()
-    real_T = expert_T < routing.num_experts
-    expert_T, order_T = expert_T[real_T], order_T[real_T]
+    if routing.num_zero_experts:
+        real_T = expert_T < routing.num_experts
+        expert_T, order_T = expert_T[real_T], order_T[real_T]
     token_T, weight_T1 = order_T // topk_ids_MK.shape[1], topk_weights_MK.flatten()[order_T, None]
     x_TL = x_ML[token_T] * weight_T1 if routing.weight_on == "input" else x_ML[token_T]
     h_TN = _each_expert(x_TL, expert_T, weights["w13"].mT if experts.transposed else weights["w13"])

@@ -155,6 +155,8 @@ class TorchExperts:
     def _experts(self, x_MP: Tensor, weights_MK: Tensor, ids_MK: Tensor) -> Tensor:
         experts = self.weights
         rows, dtype = x_MP.shape[0], x_MP.dtype
+        if rows == 0:
+            return torch.empty_like(x_MP)
         if experts.weight_on_input:
             x_MP = (x_MP * weights_MK).to(dtype)
             weights_MK = torch.ones_like(weights_MK)
