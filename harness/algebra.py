@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from harness.case import Grid
 from harness.compare import near_ties
 from harness.parts import LETTERS, Part, layer_input, parts, shares
-from harness.problem import Problem
+from harness.problem import Problem, ways
 from reference.spec import RouterPrecision
 
 # A residual counts as rounding within this many times the naive runs' error, scaled by the largest factor.
@@ -26,17 +27,29 @@ _READING = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
-    """outputs: [M, H] float64 for each rank, in units of y.    wrong_RM: the rows that need an explanation.
+    """outputs: [M, H] float64 for each rank, in units of y; rows of other data-parallel ranks hold the law's values.
+
+    held_RM: bool, the rows that a rank has.    wrong_RM: those that need an explanation.
 
     stages: what rank 0's layer tells of its call, where it tells anything: logits, topk_ids, topk_weights.
     """
 
     given: Problem
     outputs: Sequence[Tensor]
-    tp: int
+    held_RM: Tensor
+    grid: Grid
     precision: RouterPrecision
     wrong_RM: Tensor
     stages: Mapping[str, Tensor]
+
+    @property
+    def tp(self) -> int:
+        return self.grid.tp
+
+    @property
+    def naive_M(self) -> Tensor:
+        """float64 [M]: the unit of errors."""
+        return self.given.naive_error(ways(self.given.spec, self.grid), self.precision)
 
     @property
     def decided_M(self) -> Tensor:
@@ -47,7 +60,7 @@ class Evidence:
     @property
     def ranks_agree(self) -> bool:
         """All ranks return the same rows, but for rounding: what differs by rank has then met a collective after it."""
-        limit_M = 2 * self.given.naive_error(self.tp, self.precision)
+        limit_M = 2 * self.naive_M
         first = self.outputs[0]
         return all(bool(((other - first).norm(dim=-1) <= limit_M).all()) for other in self.outputs[1:])
 
@@ -176,13 +189,13 @@ def _fit(
     evidence: Evidence, rank: int, columns: Sequence[_Column], rows_M: Tensor | None = None, *, own: bool = True
 ) -> Reading | None:
     given, tp = evidence.given, evidence.tp
-    rows = (evidence.decided_M if rows_M is None else rows_M).nonzero()[:, 0]
+    rows = (evidence.decided_M & evidence.held_RM[rank] if rows_M is None else rows_M).nonzero()[:, 0]
     target = evidence.outputs[rank][rows] / given.spec.output.share
     if target.shape[0] == 0 or not columns or target.numel() < 2 * len(columns):
         return None
     matrix = torch.stack([column.value_MH[rows].flatten() for column in columns], 1)
     solved = torch.linalg.lstsq(matrix, target.flatten()[:, None], driver="gelsd").solution[:, 0]
-    naive_M = given.naive_error(tp, evidence.precision)[rows] / given.spec.output.share
+    naive_M = evidence.naive_M[rows] / given.spec.output.share
     residual_M = (target - (matrix @ solved).view_as(target)).norm(dim=-1)
     growth = max(1.0, float(solved.abs().max()) / max(1.0, given.spec.scale))
     if not bool((residual_M <= RESIDUAL_LIMIT * growth * (naive_M + naive_M.mean())).all()):

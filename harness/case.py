@@ -8,6 +8,7 @@ Fields at their default are left out: `mixtral` is mixtral@tp1.ep1.dp1.sp1.fp32.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from dataclasses import dataclass, fields, replace
@@ -22,20 +23,40 @@ MAX_TOKENS = 65536
 MAX_WEIGHTS = 50_000_000
 
 # Each option, its values (the first is the default) and what it changes; the one list that parsing, help and docs read.
+KERNELS = ("partial", "reduced", "deepep_ht", "deepep_ll", "nvlink_one_sided", "nvlink_two_sided")
 OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "size": (("twin", "wide", "real"), "which layer of the model's page"),
     "s": (("twin", "real"), "routed_scaling_factor: the twin's own or the checkpoint's"),
     "scale": (("page", "router", "kernel", "output"), "who multiplies by s: the page's placement or another"),
-    "kernel": (("partial", "reduced"), "whether the kernel returns its rank's partial sum or the sum of all ranks"),
-    "order": (("1", "2", "3"), "shared experts: 1 before the kernel, 2 in its finalize, 3 after it"),
+    "kernel": (KERNELS, "how tokens reach their experts and results come home: partial leaves the sum over tp to the runner, "
+               "the others return it complete"),
+    "experts": (("auto", "slots", "batched", "monolithic"), "who weighs and adds the K results: the experts themselves, the "
+                "finalize slot by slot, the finalize of a batch by expert; monolithic routes inside the kernel as well"),
+    "placement": (("linear", "round_robin", "permuted", "replicas", "moved"), "which rank holds which expert; replicas: "
+                  "some twice; moved: placed anew between two calls"),
+    "order": (("auto", "1", "2", "3"), "shared experts: 1 before the kernel, 2 in its finalize, 3 after it; auto: as the "
+              "kernel allows"),
     "pad": (("0", "8"), "zero columns that the kernel's width has beyond the layer's"),
+    "junk": (("0", "3"), "rows of NaN beyond the last token, which no expert may see"),
+    "batches": (("1", "2"), "micro-batches in flight at the same time"),
+    "swap": (("none", *KERNELS), "the kernel of a first call, before the one that is judged"),
+    "reduce": (("layer", "caller"), "who makes the final all-reduce"),
     "backend": (("model", "transformers"), "legacy only: the model's own file or the wrapped transformers block"),
-}
+}  # fmt: skip
+MAX_RANKS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """Parallel sizes, each a number of ranks. Today tensor parallelism is simulated; the others are 1."""
+    """Parallel sizes, each a number of ranks; tp * dp of them in all, dp outermost: rank = dp rank * tp + tp rank.
+
+    tp: shares attention and shared experts.    dp: groups of tp ranks with tokens of their own.
+    ep: of all ranks, how many hold whole experts of their own: 1 cuts every expert over all of them, tp * dp cuts none.
+        In between, experts go to ep groups of neighbours, and the moe_tp ranks of a group cut theirs among them: rank =
+        ep rank * moe_tp + moe_tp rank. vLLM knows only both ends, SGLang has the same rule in between.
+    sp: 1, or tp: the tp ranks then take different rows of their tokens through the layer.
+    Raises UsageError for a grid that cannot be.
+    """
 
     tp: int = 1
     ep: int = 1
@@ -43,29 +64,75 @@ class Grid:
     sp: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tp", "ep", "dp", "sp"):
+        for name in SIZES:
             value = getattr(self, name)
             if value < 1:
                 raise UsageError(f"{name}={value}: expected 1 or more")
-        for name in ("ep", "dp", "sp"):
-            value = getattr(self, name)
-            if value > 1:
-                raise UsageError(
-                    f"{name}={value}: {_LONG[name]} parallelism is not simulated yet, only tensor parallelism is. "
-                    f"Leave {name} out, or type --tp {value}"
-                )
+        if self.ranks > MAX_RANKS:
+            raise UsageError(f"tp={self.tp} and dp={self.dp} are {self.ranks} ranks: expected at most {MAX_RANKS}")
+        if self.ranks % self.ep:
+            fit = [n for n in range(1, self.ranks + 1) if self.ranks % n == 0]
+            raise UsageError(
+                f"ep={self.ep}: expected a divisor of tp*dp={self.ranks}, the ranks that hold experts. "
+                f"Type one of ep {', '.join(map(str, fit))}"
+            )
+        if self.sp not in (1, self.tp):
+            raise UsageError(
+                f"sp={self.sp}: sequence parallelism splits the rows over the tp ranks, so sp is 1 or tp={self.tp}. "
+                f"Type sp1 or sp{self.tp}"
+            )
+        if self.sp > 1 and self.ep != self.ranks:
+            raise UsageError(
+                f"sp={self.sp} with ep={self.ep}: under sequence parallelism each rank's rows need whole experts, on all "
+                f"{self.ranks} ranks. Type ep{self.ranks}, or leave sp out"
+            )
 
     @property
     def ranks(self) -> int:
         return self.tp * self.dp
 
+    @property
+    def moe_tp(self) -> int:
+        """How many ranks cut an expert among them."""
+        return self.ranks // self.ep
 
-_LONG = {"ep": "expert", "dp": "data", "sp": "sequence"}
+    @property
+    def shared_tp(self) -> int:
+        """How many ranks cut the shared experts among them: tp, but every rank holds them whole under sequence parallelism."""
+        return 1 if self.sp > 1 else self.tp
+
+    def __str__(self) -> str:
+        """'tp2.ep4.dp2': the sizes that are not 1, 'tp1' if all are."""
+        return ".".join(f"{n}{getattr(self, n)}" for n in SIZES if getattr(self, n) != 1) or "tp1"
+
+
+SIZES = ("tp", "ep", "dp", "sp")
+
+
+def parse_grid(text: str) -> Grid:
+    """The grid that 'tp2.ep4.dp2.sp1' names; sizes left out are 1. UsageError says what is malformed."""
+    sizes: dict[str, int] = {}
+    for part in text.split("."):
+        number = re.fullmatch(r"(tp|ep|dp|sp)([0-9]{1,9})", part)
+        if number is None:
+            raise UsageError(
+                f"grid {text!r}: cannot read {part!r}. Expected sizes joined by dots, as in tp2.ep4.dp2.sp1"
+            )
+        if number[1] in sizes:
+            raise UsageError(f"grid {text!r}: {number[1]} is given twice")
+        sizes[number[1]] = int(number[2])
+    try:
+        return Grid(**sizes)
+    except UsageError as error:
+        raise UsageError(f"grid {text!r}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One layer of one model on one grid with one set of tokens. Raises UsageError if no such layer can exist."""
+    """One layer of one model on one grid with one set of tokens. Raises UsageError if no such layer can exist.
+
+    tokens: M, of all data-parallel ranks together.    split: each one's number of them; None: as even as it goes.
+    """
 
     model: str
     grid: Grid = Grid()
@@ -75,9 +142,16 @@ class Case:
     size: str = "twin"
     s: str = "twin"
     scale: str = "page"
+    split: tuple[int, ...] | None = None
     kernel: str = "partial"
-    order: str = "1"
+    experts: str = "auto"
+    placement: str = "linear"
+    order: str = "auto"
     pad: str = "0"
+    junk: str = "0"
+    batches: str = "1"
+    swap: str = "none"
+    reduce: str = "layer"
     backend: str = "model"
 
     def __post_init__(self) -> None:
@@ -86,6 +160,11 @@ class Case:
             raise UsageError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
         if not 0 <= self.tokens <= MAX_TOKENS:
             raise UsageError(f"tokens={self.tokens}: expected 0 to {MAX_TOKENS}")
+        if self.split is not None and (len(self.split) != self.grid.dp or sum(self.split) != self.tokens):
+            raise UsageError(
+                f"tokens{'_'.join(map(str, self.split))}: expected one number for each of the dp={self.grid.dp} data-parallel "
+                f"ranks. Type tokens{'_'.join(['7'] * self.grid.dp)}"
+            )
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"seed={self.seed}: expected 0 to 2**64 - 1, the keys of Philox")
         for name, (values, _) in OPTIONS.items():
@@ -95,12 +174,17 @@ class Case:
             raise UsageError(f"{self.model} has no wide twin. Models that have one: {', '.join(_with_wide())}")
         if self.s == "real" and page.real.routing.routed_scaling_factor is None:
             raise UsageError(f"s=real: {self.model} has no routed_scaling_factor. Leave s out")
-        _check_tp(self.model, self.grid.tp, self.spec)
+        _check_widths(self.model, self.grid, self.spec)
 
     @property
     def spec(self) -> MoESpec:
         """The layer to be computed."""
         return _spec(self.model, self.size, self.s)
+
+    @property
+    def rows(self) -> tuple[slice, ...]:
+        """Which tokens each rank gets: those of its data-parallel rank, the same for all tp ranks of it."""
+        return _rows(self.grid, self.tokens, self.split)
 
     @property
     def scaled_by(self) -> str:
@@ -111,9 +195,13 @@ class Case:
 
     def __str__(self) -> str:
         default = _DEFAULT
-        parts = [f"{n}{getattr(self.grid, n)}" for n in ("tp", "ep", "dp", "sp") if getattr(self.grid, n) != 1]
+        parts = [f"{n}{getattr(self.grid, n)}" for n in SIZES if getattr(self.grid, n) != 1]
         parts += [self.dtype] if self.dtype != default["dtype"] else []
-        parts += [f"{n}{getattr(self, n)}" for n in ("tokens", "seed") if getattr(self, n) != default[n]]
+        if self.split is not None:
+            parts.append(f"tokens{'_'.join(map(str, self.split))}")
+        elif self.tokens != default["tokens"]:
+            parts.append(f"tokens{self.tokens}")
+        parts += [f"seed{self.seed}"] if self.seed != default["seed"] else []
         options = [f"{n}={getattr(self, n)}" for n in OPTIONS if getattr(self, n) != default[n]]
         text = self.model + (f"@{'.'.join(parts)}" if parts else "")
         return text + (f"+{'.'.join(options)}" if options else "")
@@ -145,8 +233,13 @@ def parse(text: str) -> Case:
     sizes: dict[str, Any] = {}
     for part in middle.split(".") if at else []:
         number = re.fullmatch(r"(tp|ep|dp|sp|tokens|seed)([0-9]{1,20})", part)
+        each = re.fullmatch(r"tokens([0-9]{1,9}(?:_[0-9]{1,9})+)", part)
         if part in DTYPES:
             _put(found, "dtype", part, text)
+        elif each:
+            split = tuple(map(int, each[1].split("_")))
+            _put(found, "tokens", sum(split), text)
+            found["split"] = split
         elif number and number[1] in ("tokens", "seed"):
             _put(found, number[1], int(number[2]), text)
         elif number:
@@ -154,7 +247,7 @@ def parse(text: str) -> Case:
         else:
             raise UsageError(
                 f"case {text!r}: cannot read the part {part!r} after '@'. "
-                f"Expected tpN, epN, dpN, spN, tokensN, seedN or {', '.join(DTYPES)}, joined by dots"
+                f"Expected tpN, epN, dpN, spN, tokensN, tokensN_N for each data-parallel rank, seedN or {', '.join(DTYPES)}, joined by dots"
             )
     for part in tail.split(".") if plus else []:
         name, equals, value = part.partition("=")
@@ -190,13 +283,28 @@ def _spec(model: str, size: str, s: str) -> MoESpec:
     )
 
 
-def _check_tp(model: str, tp: int, spec: MoESpec) -> None:
+def _check_widths(model: str, grid: Grid, spec: MoESpec) -> None:
+    """Refuse a grid that would cut a width into unequal pieces."""
     for name, width in spec.tp_widths().items():
-        if width % tp:
+        cuts = {"tp": grid.shared_tp} if name.startswith("shared") else {"tp": grid.tp}
+        if grid.dp > 1 or grid.ep > 1:
+            cuts = {"tp": grid.shared_tp} if name.startswith("shared") else {"tp*dp/ep": grid.moe_tp}
+        for what, cut in cuts.items():
+            if width % cut == 0:
+                continue
             fit = [n for n in range(1, 9) if all(w % n == 0 for w in spec.tp_widths().values())]
-            raise UsageError(
-                f"tp={tp} does not divide {model}'s {name} {width}. tp up to 8 that do: {', '.join(map(str, fit))}"
-            )
+            remedy = f"tp up to 8 that do: {', '.join(map(str, fit))}"
+            if what != "tp":
+                remedy += f"; or whole experts: ep{grid.ranks}"
+            raise UsageError(f"{what}={cut} does not divide {model}'s {name} {width}. {remedy}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _rows(grid: Grid, tokens: int, split: tuple[int, ...] | None) -> tuple[slice, ...]:
+    base, rest = divmod(tokens, grid.dp)
+    counts = split or tuple(base + (d < rest) for d in range(grid.dp))
+    starts = list(itertools.accumulate(counts, initial=0))
+    return tuple(slice(starts[d], starts[d + 1]) for d in range(grid.dp) for _ in range(grid.tp))
 
 
 def _with_wide() -> list[str]:

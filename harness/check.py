@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from harness import known
@@ -10,9 +14,9 @@ from harness.case import Case
 from harness.compare import Comparison, compare
 from harness.diagnose import Diagnosis, diagnose
 from harness.errors import CouldNotRun
-from harness.execution import Run, run_system
+from harness.execution import RankOutput, Run, run_system
 from harness.finding import Finding, Verdict, repro_command
-from harness.problem import Problem, problem
+from harness.problem import Problem, problem, ways
 from harness.systems import System
 
 
@@ -34,15 +38,15 @@ def check(case: Case, system: System) -> Finding:
 
 def judge(case: Case, system: System, given: Problem, run: Run) -> Finding:
     """Compare the outputs of all ranks with the oracle, name the cause of a mismatch, look it up in the ledger."""
-    precision, tp = system.precision(given.spec), case.grid.tp
+    precision = system.precision(given.spec)
     units = {out.unit for out in run.ranks}
     if len(units) > 1:
         told = ", ".join(f"rank {rank}: {out.unit:g}" for rank, out in enumerate(run.ranks))
         return _finding(
             case, system, Verdict.MISMATCH, stage="output", diagnosis=f"ranks declare different output units: {told}"
         )
-    unit = units.pop()
-    compared = compare(given, [out.output for out in run.ranks], unit, tp, precision)
+    outputs = [whole_output(out, given) for out in run.ranks]
+    compared = compare(given, outputs, ways(given.spec, case.grid), precision)
     entry = known.expected(case, system.name, given)
     if not compared.wrong:
         if compared.undecided:
@@ -62,10 +66,11 @@ def judge(case: Case, system: System, given: Problem, run: Run) -> Finding:
                 compared,
                 diagnosis=f"passes, but the ledger expects a fault: {entry.reference}",
             )
+        unannounced = _unannounced(run)
+        if unannounced is not None:
+            return _finding(case, system, Verdict.MISMATCH, compared, stage="collectives", diagnosis=unannounced)
         return _finding(case, system, Verdict.OK, compared)
-    outputs = [out.output.double() / unit for out in run.ranks]
-    stages: dict[str, Tensor] = getattr(run.ranks[0].layer, "stages", dict)()
-    cause = diagnose(Evidence(given, outputs, tp, precision, compared.wrong_RM, stages))
+    cause = diagnose(evidence(case, system, given, run, outputs, compared))
     if entry is None:
         return _found(case, system, Verdict.MISMATCH, compared, cause)
     if known.agrees(entry, cause.coefficients, case, given):
@@ -75,6 +80,41 @@ def judge(case: Case, system: System, given: Problem, run: Run) -> Finding:
     return _found(
         case, system, Verdict.MISMATCH, compared, cause, f"the ledger expects another fault here: {entry.reference}"
     )
+
+
+def whole_output(out: RankOutput, given: Problem) -> Tensor:
+    """What a rank returned, [M, H] float64 in units of y, between the law's own rows for the tokens of other ranks."""
+    found_mH = out.output.double() / out.unit
+    if found_mH.shape[0] == given.stages.output_MH.shape[0]:
+        return found_mH
+    whole_MH = given.stages.output_MH.clone()
+    whole_MH[out.rows] = found_mH
+    return whole_MH
+
+
+def evidence(
+    case: Case, system: System, given: Problem, run: Run, outputs: Sequence[Tensor], compared: Comparison
+) -> Evidence:
+    """What the diagnosis gets to see."""
+    held_RM = torch.zeros(compared.wrong_RM.shape, dtype=torch.bool)
+    for rank, out in enumerate(run.ranks):
+        held_RM[rank, out.rows] = True
+    stages: dict[str, Tensor] = getattr(run.ranks[0].layer, "stages", dict)() if case.grid.dp == 1 else {}
+    return Evidence(given, outputs, held_RM, case.grid, system.precision(given.spec), compared.wrong_RM, stages)
+
+
+def _unannounced(run: Run) -> str | None:
+    """Where a layer that announces its collectives made others, in one sentence."""
+    for rank, (out, entries) in enumerate(zip(run.ranks, run.ledger, strict=True)):
+        announced = getattr(out.layer, "announced", None)
+        if announced is None:
+            continue
+        told = [f"{op} over {group}" for op, group in announced]
+        made = [f"{entry.op} over {entry.group}" for entry in entries]
+        for number, (plan, ledger) in enumerate(itertools.zip_longest(told, made, fillvalue="nothing")):
+            if plan != ledger:
+                return f"collective {number} of rank {rank}: the plan announced {plan}, the ledger shows {ledger}"
+    return None
 
 
 def _found(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.problem import Problem
+from harness.problem import Problem, Ways
 from reference.moe import Choice, forward
 from reference.rounding import analyse, router_error
 from reference.routes import legal_routes, undecided_rows
@@ -58,14 +58,14 @@ class Comparison:
         return told
 
 
-def compare(given: Problem, outputs: Sequence[Tensor], unit: float, tp: int, precision: RouterPrecision) -> Comparison:
-    """Compare what each rank returned with y * unit.
+def compare(given: Problem, outputs: Sequence[Tensor], ways: Ways, precision: RouterPrecision) -> Comparison:
+    """Compare what each rank returned with y.
 
-    outputs: one [M, H] for each rank, in the dtype of the problem.    unit: 1, or what the layer declared.
+    outputs: one [M, H] for each rank, float64, in units of y; the law's own rows where a rank has none.
     """
-    found_RMH = torch.stack(list(outputs)).double() / unit
+    found_RMH = torch.stack(list(outputs))
     error_RM = (found_RMH - given.stages.output_MH).norm(dim=-1)
-    naive_M = given.naive_error(tp, precision)
+    naive_M = given.naive_error(ways, precision)
     beyond_RM = ~(error_RM <= RUN_LIMIT * naive_M)  # the negation also catches NaN
     undecided_RM = torch.zeros_like(beyond_RM)
     if not beyond_RM.any():
@@ -73,14 +73,16 @@ def compare(given: Problem, outputs: Sequence[Tensor], unit: float, tp: int, pre
     tie_M = beyond_RM.any(0) & near_ties(given, precision)
     rows = _to_analyse(given, error_RM, naive_M, beyond_RM, tie_M)
     x_MH, is_vision = given.tokens.hidden_states, given.tokens.is_vision
-    rounding = analyse(given.spec, given.exact, x_MH, given.stages, tp, precision, is_vision, rows)
+    rounding = analyse(
+        given.spec, given.exact, x_MH, given.stages, ways.routed, precision, is_vision, rows, shared_tp=ways.shared
+    )  # fmt: skip
     deviation_M = torch.zeros_like(naive_M).index_copy(0, rows, rounding.deviation_M)
     wrong_RM = beyond_RM & ~(error_RM <= DEVIATION_LIMIT * deviation_M)
     miss = (found_RMH[:, rows] - given.stages.output_MH[rows]).abs() / rounding.bound_MH
     ties = 0
     for row in (wrong_RM.any(0) & tie_M).nonzero()[:, 0].tolist():
         allowed = max(RUN_LIMIT * float(naive_M[row]), DEVIATION_LIMIT * float(deviation_M[row]))
-        right = _on_a_legal_route(given, row, found_RMH[:, row], allowed, tp, precision)
+        right = _on_a_legal_route(given, row, found_RMH[:, row], allowed, ways, precision)
         if right is None:
             undecided_RM[:, row], wrong_RM[:, row] = wrong_RM[:, row], False
         elif right:
@@ -126,7 +128,7 @@ def near_ties(given: Problem, precision: RouterPrecision) -> Tensor:
 
 
 def _on_a_legal_route(
-    given: Problem, row: int, found_RH: Tensor, allowed: float, tp: int, precision: RouterPrecision
+    given: Problem, row: int, found_RH: Tensor, allowed: float, ways: Ways, precision: RouterPrecision
 ) -> bool | None:
     """Whether what each rank has for that token is right on one of its legal routes; None if they are too many to list.
 
@@ -152,8 +154,8 @@ def _on_a_legal_route(
         return True
     if not bool((error_R <= 10 * allowed).all()):  # NaN, or no route can excuse it
         return False
-    deviation_R = analyse(spec, weights, x_NH, stages, tp, precision, is_vision, route_R).deviation_M
-    return bool((error_R <= (DEVIATION_LIMIT * deviation_R).clamp(min=allowed)).all())
+    rounding = analyse(spec, weights, x_NH, stages, ways.routed, precision, is_vision, route_R, shared_tp=ways.shared)
+    return bool((error_R <= (DEVIATION_LIMIT * rounding.deviation_M).clamp(min=allowed)).all())
 
 
 def _parts(choice: Choice) -> tuple[Tensor, Tensor, Tensor]:

@@ -274,7 +274,7 @@ def _explained_by(evidence: Evidence, variant: Variant) -> _Fit | None:
         stages = variant.compute()
     except SpecError:
         return None  # this layer cannot get that rule wrong
-    naive_M = given.naive_error(evidence.tp, evidence.precision)
+    naive_M = evidence.naive_M
     growth_M = (stages.output_MH.norm(dim=-1) / given.stages.output_MH.norm(dim=-1).clamp(min=1e-30)).clamp(min=1.0)
     unit_M = growth_M * (naive_M + naive_M.mean()) / 2
     decided_M = evidence.decided_M
@@ -300,7 +300,7 @@ def _explained_by(evidence: Evidence, variant: Variant) -> _Fit | None:
 
 def _expert_cause(evidence: Evidence) -> Diagnosis | None:
     """Experts that count more or less often than their router weight says."""
-    given, tp = evidence.given, evidence.tp
+    given = evidence.given
     routing = given.spec.routing
     if given.spec.vision is not None or routing.num_experts > 64 or routing.weight_on == "input":
         return None
@@ -309,7 +309,7 @@ def _expert_cause(evidence: Evidence) -> Diagnosis | None:
     matrix = torch.stack([value.flatten() for _, value in alone], 1)
     if not alone or matrix.shape[0] < 2 * matrix.shape[1]:
         return None
-    naive_M = given.naive_error(tp, evidence.precision) / given.spec.output.share
+    naive_M = evidence.naive_M / given.spec.output.share
     names = symbol_values(given.spec.scale, 1)  # an expert is spread over all ranks: tp is no factor of one
     visits_E = given.stages.topk_ids_MK.flatten().bincount(minlength=routing.num_logits).tolist()
     told = []
@@ -388,7 +388,7 @@ def _whereabouts(evidence: Evidence, relative: float) -> str:
     if not bool(wrong_M.all()):
         clues.append(f"only tokens {numbers_text(wrong_M.nonzero()[:, 0].tolist())}")
     error_MH = torch.stack([(output - given.stages.output_MH).abs() for output in evidence.outputs]).amax(0)[wrong_M]
-    naive_M = given.naive_error(evidence.tp, evidence.precision)[wrong_M]
+    naive_M = evidence.naive_M[wrong_M]
     wrong_H = (error_MH > 6 * naive_M[:, None] / math.sqrt(error_MH.shape[1])).any(0)
     columns = wrong_H.nonzero()[:, 0].tolist()
     if columns and len(columns) <= 3 * len(wrong_H) // 4:

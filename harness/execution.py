@@ -21,12 +21,13 @@ from harness.systems import Layer, System
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RankOutput:
-    """output: [M, H].    unit: the layer returned y * unit.    broken: what the call did that no layer may, or None.
+    """output: [m, H] for the m tokens of the rank.    rows: which of the case's M they are.    unit: the layer returned y * unit.    broken: what the call did that no layer may, or None.
 
     layer: as built, to be asked for its stages and plan.
     """
 
     output: Tensor
+    rows: slice
     unit: float
     broken: str | None
     layer: Layer
@@ -47,17 +48,20 @@ class _CallFailed(Exception):
 
 def run_system(case: Case, system: System, given: Problem) -> Run:
     """Build the layer on each rank and call it once. Raises CouldNotRun if importing or building fails."""
-    inputs = {} if given.tokens.is_vision is None else {"modality": given.tokens.is_vision.long()}
+    modality_M = None if given.tokens.is_vision is None else given.tokens.is_vision.long()
 
     def rank_body(comm: Communicator) -> RankOutput:
         layer = system.build(case, dict(given.weights) if system.foreign else given.weights, comm)
-        x_MH = given.tokens.hidden_states.clone()
+        rows = case.rows[comm.rank]
+        given_MH = given.tokens.hidden_states[rows]
+        x_MH = given_MH.clone()
+        inputs = {} if modality_M is None else {"modality": modality_M[rows]}
         try:
             output = layer(x_MH, **inputs)
         except (Exception, SystemExit) as error:
             raise _CallFailed(f"{_told(error)} in forward") from error
         unit = float(getattr(layer, "output_unit", 1.0))
-        return RankOutput(output, unit, _broken(output, x_MH, given.tokens.hidden_states), layer)
+        return RankOutput(output, rows, unit, _broken(output, x_MH, given_MH), layer)
 
     with torch.inference_mode():
         ranks = run_ranks(case.grid, rank_body, threads=system.foreign)

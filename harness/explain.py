@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import TextIO
 
 import torch
-from torch import Tensor
 
 from harness.algebra import Evidence, law, read_shares, read_whole
 from harness.case import Case
-from harness.check import check, judge
+from harness.check import check, evidence, judge, whole_output
 from harness.comm import Entry
 from harness.compare import compare
 from harness.execution import Run, run_system
 from harness.finding import Finding, exit_code
-from harness.problem import Problem, problem
+from harness.problem import Problem, problem, ways
 from harness.systems import System, resolve
 from reference.rounding import analyse
-from reference.spec import RouterPrecision
 
 TOKENS_SHOWN = 8
 
@@ -67,20 +65,20 @@ def _measured(case: Case, system: System, given: Problem, run: Run) -> Iterator[
         for field in fields(plan):
             yield f"  {field.name}: {_plain(getattr(plan, field.name))}"
     yield from _stages(given)
-    unit, tp, precision = run.ranks[0].unit, case.grid.tp, system.precision(given.spec)
-    outputs = [rank.output.double() / unit for rank in run.ranks]
-    compared = compare(given, [rank.output for rank in run.ranks], unit, tp, precision)
+    unit, precision = run.ranks[0].unit, system.precision(given.spec)
+    outputs = [whole_output(out, given) for out in run.ranks]
+    compared = compare(given, outputs, ways(given.spec, case.grid), precision)
+    seen = evidence(case, system, given, run, outputs, compared)
     if unit != 1.0:
         yield f"output unit: the layer returns y times {unit:g}"
     yield "errors: " + ", ".join(f"{name} {value}" for name, value in compared.figures().items())
-    yield from _errors(given, outputs, tp, precision)
+    yield from _errors(seen)
     if case.tokens == 0:
         yield "attribution: no tokens, nothing to attribute"
         return
     yield f"attribution (law: {', '.join(f'{name} x {symbol}' for name, symbol in law(given).items())}):"
-    for rank in range(tp):
-        evidence = Evidence(given, outputs, tp, precision, compared.wrong_RM, {})
-        reading = read_whole(evidence, rank) or read_shares(evidence, rank)
+    for rank in range(case.grid.ranks):
+        reading = read_whole(seen, rank) or read_shares(seen, rank)
         yield f"  rank {rank}: {'no sum of the parts explains this output' if reading is None else reading}"
 
 
@@ -96,17 +94,21 @@ def _stages(given: Problem) -> Iterator[str]:
         yield f"  ... {len(stages.output_MH) - TOKENS_SHOWN} more tokens"
 
 
-def _errors(given: Problem, outputs: Sequence[Tensor], tp: int, precision: RouterPrecision) -> Iterator[str]:
+def _errors(seen: Evidence) -> Iterator[str]:
     """Each shown token's error on its worst rank, in the three units in which it is judged."""
-    shown = min(TOKENS_SHOWN, len(outputs[0]))
+    given, outputs = seen.given, seen.outputs
+    shown, cut = min(TOKENS_SHOWN, len(outputs[0])), ways(given.spec, seen.grid)
     if shown == 0:
         return
     miss_RmH = (torch.stack(list(outputs)) - given.stages.output_MH)[:, :shown].abs()
     error_m = miss_RmH.norm(dim=-1).amax(0)
     x_MH, is_vision = given.tokens.hidden_states, given.tokens.is_vision
-    rounding = analyse(given.spec, given.exact, x_MH, given.stages, tp, precision, is_vision, torch.arange(shown))
+    rounding = analyse(
+        given.spec, given.exact, x_MH, given.stages, cut.routed, seen.precision, is_vision, torch.arange(shown),
+        shared_tp=cut.shared,
+    )  # fmt: skip
     bound_m = (miss_RmH / rounding.bound_MH).amax((0, 2))
-    naive_M = given.naive_error(tp, precision)
+    naive_M = seen.naive_M
     yield "error of each token on its worst rank: length; over the worse naive run; over the deviation; over the bound"
     for m in range(shown):
         ratios = (error_m[m] / naive_M[m], error_m[m] / rounding.deviation_M[m], bound_m[m])

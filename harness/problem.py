@@ -7,15 +7,36 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from harness.case import Case
+from harness.case import Case, Grid
 from harness.weights import DTYPES, Tokens, make_tokens, make_weights
 from reference.moe import Stages, forward
 from reference.naive import naive
 from reference.spec import MoESpec, RouterPrecision
+
+
+class Ways(NamedTuple):
+    """Into how many partial sums the ranks of a grid cut the routed and the shared experts: what rounding depends on."""
+
+    routed: int
+    shared: int
+
+
+@functools.lru_cache(maxsize=512)
+def ways(spec: MoESpec, grid: Grid) -> Ways:
+    """The ranks that hold experts, and those that share the shared experts.
+
+    Experts that stay whole round no worse than experts cut into as many pieces, so one count serves every placement; it
+    is lowered to one that divides their widths.
+    """
+    widths = [spec.experts.intermediate_size]
+    widths += [spec.vision.experts.intermediate_size] if spec.vision else []
+    routed = next(n for n in range(grid.ranks, 0, -1) if all(width % n == 0 for width in widths))
+    return Ways(routed, grid.shared_tp)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,13 +52,13 @@ class Problem:
     exact: dict[str, Tensor]
     tokens: Tokens
     stages: Stages
-    _errors: dict[tuple[int, RouterPrecision], Tensor] = field(default_factory=dict)
+    _errors: dict[tuple[Ways, RouterPrecision], Tensor] = field(default_factory=dict)
 
-    def naive_error(self, tp: int, precision: RouterPrecision) -> Tensor:
+    def naive_error(self, ways: Ways, precision: RouterPrecision) -> Tensor:
         """float64 [M]: the larger row error (L2) of the two naive runs, the unit in which a system's error is read."""
-        if (tp, precision) not in self._errors:
-            self._errors[tp, precision] = _naive_error(self, tp, precision)
-        return self._errors[tp, precision]
+        if (ways, precision) not in self._errors:
+            self._errors[ways, precision] = _naive_error(self, ways, precision)
+        return self._errors[ways, precision]
 
 
 def problem(case: Case) -> Problem:
@@ -73,12 +94,14 @@ def _tokens(spec: MoESpec, dtype: str, tokens: int, seed: int) -> Tokens:
     return make_tokens(spec, tokens, seed, DTYPES[dtype])
 
 
-def _naive_error(given: Problem, tp: int, precision: RouterPrecision) -> Tensor:
+def _naive_error(given: Problem, ways: Ways, precision: RouterPrecision) -> Tensor:
     x_MH, is_vision_M = given.tokens.hidden_states, given.tokens.is_vision
     if x_MH.shape[0] == 0:
         return x_MH.new_zeros(0, dtype=torch.float64)
     with torch.inference_mode():
-        runs = naive(given.spec, given.weights, x_MH, given.stages, tp, precision, is_vision_M)
+        runs = naive(
+            given.spec, given.weights, x_MH, given.stages, ways.routed, precision, is_vision_M, shared_tp=ways.shared
+        )
         return (torch.stack(runs).double() - given.stages.output_MH).norm(dim=-1).amax(0)
 
 

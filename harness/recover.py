@@ -55,7 +55,7 @@ def recover(evidence: Evidence) -> Recovered | None:
     matrix_MHE = columns_EMH.permute(1, 2, 0)
     weights_ME = torch.linalg.lstsq(matrix_MHE, target_MH[:, :, None], driver="gelsd").solution[:, :, 0]
     residual_M = ((matrix_MHE @ weights_ME[:, :, None])[:, :, 0] - target_MH).norm(dim=-1) * spec.scale
-    naive_M = given.naive_error(evidence.tp, evidence.precision) / spec.output.share
+    naive_M = evidence.naive_M / spec.output.share
     growth_M = (weights_ME.abs().sum(-1) / given.stages.topk_weights_MK.abs().sum(-1).clamp(min=1e-30)).clamp(min=1.0)
     if not bool((residual_M <= RESIDUAL_LIMIT * growth_M * (naive_M + naive_M.mean())).all()):
         return None
@@ -222,12 +222,12 @@ def _span(values: Tensor) -> str:
 
 def rows_story(evidence: Evidence) -> Story | None:
     """Rows or columns that are right in another place, in the whole output or in R or S alone; all ranks alike."""
-    given, tp = evidence.given, evidence.tp
+    given = evidence.given
     stages, spec = given.stages, given.spec
     rows = (evidence.decided_M).nonzero()[:, 0]
     if len(rows) < 2 or not evidence.ranks_agree:
         return None
-    naive_M = given.naive_error(tp, evidence.precision)
+    naive_M = evidence.naive_M
     limit_M = RESIDUAL_LIMIT / 2 * (naive_M + naive_M.mean())
     output_MH = evidence.outputs[0]
     alone = (

@@ -32,6 +32,8 @@ def naive(
     tp: int,
     precision: RouterPrecision,
     is_vision_M: Tensor | None = None,
+    *,
+    shared_tp: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the layer twice in the dtype of hidden_states_MH; the larger error of the two, by row, is the yardstick.
 
@@ -40,7 +42,9 @@ def naive(
     added one by one, ranks in their order; s is in the router's weights (but for weights on the input).
 
     weights, hidden_states_MH, is_vision_M: as for `forward`.    stages: its result, of which only topk_ids_MK is read,
-    so that a near tie never makes the yardstick longer; nor does rounding decide about a sparsemixer's masks.    tp: 1 or more, divides every width of spec.tp_widths().
+    so that a near tie never makes the yardstick longer; nor does rounding decide about a sparsemixer's masks.
+    tp: how many partial sums the routed experts are cut into; divides their widths.
+    shared_tp: the same for the shared experts, tp by default; where it differs, each part is added up for itself.
     precision: where the router rounds.    Returns two [M, H] of the dtype; inf where the dtype overflows.
     """
     dtype = hidden_states_MH.dtype
@@ -64,8 +68,12 @@ def naive(
         if spec.experts.latent_bias:
             plain_MH = store(plain_MH + weights["fc2_latent_bias"])
         if spec.shared is not None:
-            shared_MH, shared_RMH = _shared(x_MH, weights, spec.shared, tp, store)
-            plain_MH, ranks_RMH = store(plain_MH + shared_MH), store(ranks_RMH + shared_RMH)
+            shared_MH, shared_RMH = _shared(x_MH, weights, spec.shared, shared_tp or tp, store)
+            plain_MH = store(plain_MH + shared_MH)
+            if len(shared_RMH) == len(ranks_RMH):
+                ranks_RMH = store(ranks_RMH + shared_RMH)
+            else:
+                ranks_RMH = torch.stack([_add_in_order(part_RMH, store) for part_RMH in (ranks_RMH, shared_RMH)])
         split_MH = _add_in_order(ranks_RMH, store)
         if spec.experts.latent_bias:
             split_MH = store(split_MH + weights["fc2_latent_bias"])

@@ -171,12 +171,14 @@ def analyse(
     precision: RouterPrecision,
     is_vision_M: Tensor | None = None,
     rows_m: Tensor | None = None,
+    *,
+    shared_tp: int | None = None,
 ) -> RoundingErrors:
     """The rounding errors that a legal layer may make with the stages' choice of experts.
 
     weights, hidden_states_MH, is_vision_M: as for `forward`; the dtype of hidden_states_MH is the layer's.
-    stages: its result.    tp: 1 or more, divides every width of spec.tp_widths().
-    precision: where the released router rounds.
+    stages: its result.    tp: how many partial sums the routed experts are cut into; divides their widths.
+    shared_tp: the same for the shared experts, tp by default.    precision: where the released router rounds.
     rows_m: int64, the rows to analyse, all by default: it takes milliseconds, and M * K experts in float64 at once.
     Not covered: overflow, and a sparsemixer mask that rounding decides (see routes.py).
     """
@@ -204,8 +206,8 @@ def analyse(
         if spec.experts.latent_bias:
             terms.append(Noisy.exact(weights["fc2_latent_bias"].double().expand_as(x)[None]))
         if spec.shared is not None:
-            terms.append(_shared(x, named, spec.shared, tp, unit))
-        total_MH = _joined(terms).summed(unit, tp + len(terms) - 1) * spec.output.share
+            terms.append(_shared(x, named, spec.shared, shared_tp or tp, unit))
+        total_MH = _joined(terms).summed(unit, max(tp, shared_tp or tp) + len(terms) - 1) * spec.output.share
         variance_MH[rows_M], bound_MH[rows_M] = total_MH.variance, total_MH.bound
     return RoundingErrors(variance_MH.sum(1).sqrt(), bound_MH)
 

@@ -21,8 +21,8 @@ _ARGUMENT = {"all_gather": "dim", "reduce_scatter": "dim", "broadcast": "source"
 class Call(NamedTuple):
     """One rank's part in a collective; a tuple, because a case makes many and frozen dataclasses cost three times that.
 
-    argument: dim of all_gather and reduce_scatter, source of broadcast, else 0.
-    number counts the calls of this rank on this group from 0.
+    argument: dim of all_gather and reduce_scatter, source of broadcast, else 0.    sizes: the unequal shares of a
+    reduce_scatter, () for equal ones.    number counts the calls of this rank on this group from 0.
     """
 
     rank: int
@@ -31,10 +31,12 @@ class Call(NamedTuple):
     op: str
     tensors: tuple[Tensor, ...]
     argument: int
+    sizes: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         shapes = ", ".join(tensor_text(tensor) for tensor in self.tensors)
-        return f"{self.op}({shapes}{f', {_ARGUMENT[self.op]}={self.argument}' if self.argument else ''})"
+        argument = f", {_ARGUMENT[self.op]}={self.argument}" if self.argument else ""
+        return f"{self.op}({shapes}{argument}{f', sizes={list(self.sizes)}' if self.sizes else ''})"
 
 
 class Entry(NamedTuple):
@@ -54,7 +56,7 @@ class Entry(NamedTuple):
 class Group:
     """The ranks that share a name in the grid, as one of them sees it.
 
-    name: "tp", "ep", "dp".    ranks: global numbers.    rank: this one's place among them.    size: how many they are.
+    name: "tp", "dp", or "ep": the ranks that together hold all experts once.    ranks: global numbers.    rank: this one's place among them.    size: how many they are.
     post: hands a call to the scheduler and returns this rank's result, also in groups of one rank.
     calls: how many collectives this rank has called here.
     """
@@ -77,9 +79,12 @@ class Group:
         """The tensors of all ranks one after the other along dim; they may differ in that dim."""
         return self._collect("all_gather", (tensor,), dim)[0]
 
-    def reduce_scatter(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """This rank's equal share, along dim, of the sum over the group. UsageError if dim has no equal shares."""
-        return self._collect("reduce_scatter", (tensor,), dim)[0]
+    def reduce_scatter(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] = ()) -> Tensor:
+        """This rank's share, along dim, of the sum over the group.
+
+        sizes: the share of each rank; without them all are equal. UsageError if dim has no such shares.
+        """
+        return self._collect("reduce_scatter", (tensor,), dim, tuple(sizes))[0]
 
     def all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sends tensors[i] to rank i of the group, returns what each rank sent here, in rank order; any shapes."""
@@ -89,8 +94,10 @@ class Group:
         """The tensor of the group's rank `source` on every rank; the others give one of its shape and dtype."""
         return self._collect("broadcast", (tensor,), source)[0]
 
-    def _collect(self, op: str, tensors: tuple[Tensor, ...], argument: int) -> tuple[Tensor, ...]:
-        call = Call(self.ranks[self.rank], self, self.calls, op, tensors, argument)
+    def _collect(
+        self, op: str, tensors: tuple[Tensor, ...], argument: int, sizes: tuple[int, ...] = ()
+    ) -> tuple[Tensor, ...]:
+        call = Call(self.ranks[self.rank], self, self.calls, op, tensors, argument, sizes)
         self.calls += 1
         return self.post(call)
 
@@ -114,8 +121,8 @@ class Communicator:
     def all_gather(self, tensor: Tensor, dim: int = 0) -> Tensor:
         return self.tp.all_gather(tensor, dim)
 
-    def reduce_scatter(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        return self.tp.reduce_scatter(tensor, dim)
+    def reduce_scatter(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] = ()) -> Tensor:
+        return self.tp.reduce_scatter(tensor, dim, sizes)
 
     def all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return self.tp.all_to_all(tensors)

@@ -61,7 +61,7 @@ def _dtype_and_shape_beside_dim(call: Call) -> Hashable:
 
 
 def _dtype_shape_dim(call: Call) -> Hashable:
-    return call.tensors[0].dtype, call.tensors[0].shape, _dim(call)
+    return call.tensors[0].dtype, call.tensors[0].shape, _dim(call), call.sizes
 
 
 def _dtypes(call: Call) -> Hashable:
@@ -83,10 +83,13 @@ def _dim_missing(call: Call) -> str | None:
     return None if -dims <= call.argument < dims else f"expected a dim from {-dims} to {dims - 1}"
 
 
-def _no_equal_shares(call: Call) -> str | None:
+def _no_shares(call: Call) -> str | None:
     if problem := _dim_missing(call):
         return problem
     width, size = call.tensors[0].shape[call.argument], call.group.size
+    if call.sizes:
+        right = len(call.sizes) == size and min(call.sizes) >= 0 and sum(call.sizes) == width
+        return None if right else f"expected {size} sizes of 0 or more that add up to {width}"
     if width % size:
         return f"dim {call.argument} of width {width} has no {size} equal shares; pad it to {width + -width % size}"
     return None
@@ -113,7 +116,9 @@ def _all_gather(calls: Sequence[Call]) -> Results:
 
 
 def _reduce_scatter(calls: Sequence[Call]) -> Results:
-    return [(share.clone(),) for share in _sum(calls).chunk(len(calls), calls[0].argument)]
+    first, total = calls[0], _sum(calls)
+    shares = total.split(first.sizes, first.argument) if first.sizes else total.chunk(len(calls), first.argument)
+    return [(share.clone(),) for share in shares]
 
 
 def _all_to_all(calls: Sequence[Call]) -> Results:
@@ -147,7 +152,7 @@ class Rule(NamedTuple):
 RULES = {
     "all_reduce": Rule(_dtype_shape_argument, _anything_goes, _all_reduce),
     "all_gather": Rule(_dtype_and_shape_beside_dim, _dim_missing, _all_gather),
-    "reduce_scatter": Rule(_dtype_shape_dim, _no_equal_shares, _reduce_scatter),
+    "reduce_scatter": Rule(_dtype_shape_dim, _no_shares, _reduce_scatter),
     "all_to_all": Rule(_dtypes, _not_one_each, _all_to_all),
     "broadcast": Rule(_dtype_shape_argument, _source_missing, _broadcast),
 }

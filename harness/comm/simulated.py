@@ -227,13 +227,15 @@ def _on_threads(run: _Run) -> None:
 
 @functools.cache
 def _groups(grid: Grid) -> tuple[tuple[tuple[str, tuple[int, ...], int], ...], ...]:
-    """For each rank its groups as (name, global ranks, place among them); rank = dp index * tp + tp index."""
+    """For each rank its groups as (name, global ranks, place among them), numbered as Grid says."""
     told = []
     for rank in range(grid.ranks):
         row, column = divmod(rank, grid.tp)
+        expert, piece = divmod(rank, grid.moe_tp)
         tp_ranks = tuple(range(row * grid.tp, (row + 1) * grid.tp))
+        ep_ranks = tuple(range(piece, grid.ranks, grid.moe_tp))
         dp_ranks = tuple(range(column, grid.ranks, grid.tp))
-        told.append((("tp", tp_ranks, column), ("ep", (rank,), 0), ("dp", dp_ranks, row)))
+        told.append((("tp", tp_ranks, column), ("ep", ep_ranks, expert), ("dp", dp_ranks, row)))
     return tuple(told)
 
 

@@ -1,42 +1,28 @@
-"""The routed experts behind the kernel interface: this rank's weights, both products, the weighted sum over K.
+"""The routed experts: one rank's weights, and kernels that compute both products for tokens that have reached the rank.
 
-M tokens, P kernel width (hidden or latent, and padding), E experts, i this rank's share of the intermediate width,
-n rows of w13 on this rank (2i if gated), K top-k.
+M tokens, N tokens on this rank, P kernel width (hidden or latent, and padding), E experts of this rank, i its share of
+the intermediate width, n rows of its w13 (2i if gated), K top-k, B rows of a batch. A local id is the place of an expert
+among this rank's, -1 if it is none of them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harness.comm import Communicator
+from harness.runner.router import FusedMoERouter
 from reference.spec import Activation, Experts
 
-# rows of a dense pass: bounds the memory of [rows, E, n] for large M
+# rows of a dense pass: bounds the memory of [rows, E, n] for large N
 _ROWS = 2048
 
-
-class FusedMoEKernel(Protocol):
-    """What the runner asks of a kernel, at each call.
-
-    output_is_reduced: returns the sum over all ranks.    scales: multiplies by s itself.    runs_shared: its finalize
-    calls back to run the shared experts.    writes_input: may overwrite x.    width: columns it reads and writes, P.
-    """
-
-    output_is_reduced: bool
-    scales: bool
-    runs_shared: bool
-    writes_input: bool
-    width: int
-
-    def apply(self, x_MP: Tensor, weights_MK: Tensor, ids_MK: Tensor, in_finalize: Callable[[], None]) -> Tensor:
-        """R [M, P] in the dtype of x: this rank's partial sum, or the sum of all ranks if output_is_reduced."""
+Format = Literal["standard", "batched", "monolithic"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,30 +34,38 @@ class ExpertWeights:
     b13_En: Tensor | None
     b2_EP: Tensor | None
     activation: Activation
-    weight_on_input: bool
 
 
 def shard(
-    weights: Mapping[str, Tensor], experts: Experts, weight_on_input: bool, rank: int, tp: int, pad: int
+    weights: Mapping[str, Tensor],
+    experts: Experts,
+    rank: int,
+    tp: int,
+    pad: int,
+    held: Sequence[int] | None = None,
 ) -> ExpertWeights:
     """Cut the whole weights for one rank: gate and up each into tp pieces, w2 by columns; pad adds zero columns to P.
 
-    Only rank 0 keeps b2: every rank's would be added once per rank.
+    held: the experts of this rank in the order of its slots, None for all.
+    Of the ranks that cut an expert among them only the first keeps its b2: every rank's would be added once per rank.
     """
     w13, w2 = weights["w13"], weights["w2"]
+    b13, b2 = (weights["b13"], weights["b2"]) if experts.bias else (None, None)
+    if held is not None:
+        ids = torch.tensor(held, dtype=torch.int64)
+        w13, w2 = w13[ids], w2[ids]
+        b13, b2 = None if b13 is None else b13[ids], None if b2 is None else b2[ids]
     if experts.transposed:
         w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
     share = experts.intermediate_size // tp
     w13_EnP = _gate_up_rows(w13, experts, rank * share, share)
     w2_EPi = w2[:, :, rank * share : (rank + 1) * share]
-    b13_En = b2_EP = None
-    if experts.bias:
-        b13_En = _gate_up_rows(weights["b13"], experts, rank * share, share)
-        b2_EP = weights["b2"] if rank == 0 else torch.zeros_like(weights["b2"])
+    b13_En = None if b13 is None else _gate_up_rows(b13, experts, rank * share, share)
+    b2_EP = b2 if b2 is None or rank == 0 else torch.zeros_like(b2)
     if pad:
         w13_EnP, w2_EPi = functional.pad(w13_EnP, (0, pad)), functional.pad(w2_EPi, (0, 0, 0, pad))
         b2_EP = None if b2_EP is None else functional.pad(b2_EP, (0, pad))
-    return ExpertWeights(w13_EnP, w2_EPi, b13_En, b2_EP, experts.activation, weight_on_input)
+    return ExpertWeights(w13_EnP, w2_EPi, b13_En, b2_EP, experts.activation)
 
 
 def _gate_up_rows(stored: Tensor, experts: Experts, start: int, count: int) -> Tensor:
@@ -116,65 +110,135 @@ def _act(x: Tensor, rule: Activation) -> Tensor:
             return functional.relu(x).square()
 
 
-class TorchExperts:
-    """The kernel in plain torch. It may be told to reduce, to scale or to run the shared experts in its finalize.
+def weigh_input(x_MP: Tensor, weights_M1: Tensor) -> tuple[Tensor, Tensor]:
+    """x times the weight of its one expert, rounded to the dtype, and weights of 1 for what comes after."""
+    return (x_MP * weights_M1).to(x_MP.dtype), torch.ones_like(weights_M1)
 
-    All experts see all tokens and each slot takes the row it was routed to: at these sizes faster than gathering weights.
-    Rounding: one to the dtype after each product, the weight before it.
+
+class FusedMoEExperts(Protocol):
+    """What a kernel asks of its experts.
+
+    format: "standard" takes rows with K local ids each, "batched" rows sorted by expert, "monolithic" rows and logits.
+    weighs: multiplies by the router weights and sums over K itself (`TopKWeightAndReduceNoOP`), else the finalize does.
+    writes_input: may overwrite x.    width: columns it reads and writes, P.
     """
 
+    format: Format
+    weighs: bool
+    writes_input: bool
+    width: int
+
+
+class TorchExperts:
+    """Experts in plain torch, both products for all rows; weighs and adds the K results itself.
+
+    All of the rank's experts see all rows and each slot takes the row it was routed to: at these sizes faster than
+    gathering weights. Rounding: one to the dtype after each product, the weight before it.
+    """
+
+    format: Format = "standard"
+    weighs: ClassVar[bool] = True
     writes_input = False
 
-    def __init__(
-        self, weights: ExpertWeights, comm: Communicator, *, reduces: bool = False, scale: float | None = None,
-        runs_shared: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, weights: ExpertWeights) -> None:
         self.weights = weights
-        self.comm = comm
-        self.output_is_reduced = reduces
-        self.scale = scale
-        self.scales = scale is not None
-        self.runs_shared = runs_shared
         self.width = weights.w13_EnP.shape[2]
         wide = weights.w13_EnP.float()
         self._w13_Pm = wide.flatten(0, 1).T  # m = E * n: one product for all experts
         self._w2_EiP = weights.w2_EPi.float().transpose(1, 2)
 
-    def apply(self, x_MP: Tensor, weights_MK: Tensor, ids_MK: Tensor, in_finalize: Callable[[], None]) -> Tensor:
-        if self.scale is not None:
-            weights_MK = weights_MK * self.scale
-        if x_MP.shape[0] <= _ROWS:
-            routed_MP = self._experts(x_MP, weights_MK, ids_MK)
-        else:
-            chunks = zip(x_MP.split(_ROWS), weights_MK.split(_ROWS), ids_MK.split(_ROWS), strict=True)
-            routed_MP = torch.cat([self._experts(*chunk) for chunk in chunks])
-        if self.runs_shared:
-            in_finalize()
-        return self.comm.tp.all_reduce(routed_MP) if self.output_is_reduced else routed_MP
+    def apply(self, x_NP: Tensor, weights_NK: Tensor, local_NK: Tensor) -> Tensor:
+        """[N, P]: each row's sum over its local experts, 0 for a row without one."""
+        if x_NP.shape[0] <= _ROWS:
+            return self._rows(x_NP, weights_NK, local_NK)
+        chunks = zip(x_NP.split(_ROWS), weights_NK.split(_ROWS), local_NK.split(_ROWS), strict=True)
+        return torch.cat([self._rows(*chunk) for chunk in chunks])
 
-    def _experts(self, x_MP: Tensor, weights_MK: Tensor, ids_MK: Tensor) -> Tensor:
-        experts = self.weights
-        rows, dtype = x_MP.shape[0], x_MP.dtype
-        if rows == 0:
-            return torch.empty_like(x_MP)
-        if experts.weight_on_input:
-            x_MP = (x_MP * weights_MK).to(dtype)
-            weights_MK = torch.ones_like(weights_MK)
-        h_MEn = (x_MP.float() @ self._w13_Pm).view(rows, *experts.w13_EnP.shape[:2])
-        if experts.b13_En is not None:
-            h_MEn = h_MEn + experts.b13_En.float()
-        a_MEi = activate(h_MEn.to(dtype), experts.activation)
-        count, _, width = self._w2_EiP.shape
-        y_eMP = self._w2_EiP.new_zeros(
-            count + 1, rows, width
-        )  # id -1 is no expert: it reads the last row, which stays 0
-        y_EMP = torch.bmm(a_MEi.float().transpose(0, 1), self._w2_EiP, out=y_eMP[:count])
-        if experts.b2_EP is not None:
-            y_EMP += experts.b2_EP.float()[:, None, :]
-        y_MKP = y_eMP[ids_MK, _column(rows)] * weights_MK[:, :, None]
+    def _rows(self, x_NP: Tensor, weights_NK: Tensor, local_NK: Tensor) -> Tensor:
+        rows, dtype = x_NP.shape[0], x_NP.dtype
+        if rows == 0 or self._w2_EiP.shape[0] == 0:
+            return torch.zeros_like(x_NP)
+        y_NKP = self._slots(x_NP, local_NK) * weights_NK[:, :, None]
         if dtype is not torch.float32:
-            y_MKP = y_MKP.to(dtype).float()
-        return y_MKP.sum(1).to(dtype)
+            y_NKP = y_NKP.to(dtype).float()
+        return y_NKP.sum(1).to(dtype)
+
+    def _slots(self, x_NP: Tensor, local_NK: Tensor) -> Tensor:
+        """fp32 [N, K, P], not weighted, 0 for the id -1."""
+        experts, rows = self.weights, x_NP.shape[0]
+        h_NEn = (x_NP.float() @ self._w13_Pm).view(rows, *experts.w13_EnP.shape[:2])
+        if experts.b13_En is not None:
+            h_NEn = h_NEn + experts.b13_En.float()
+        a_NEi = activate(h_NEn.to(x_NP.dtype), experts.activation)
+        count, _, width = self._w2_EiP.shape
+        y_eNP = self._w2_EiP.new_zeros(count + 1, rows, width)  # the id -1 reads the last row, which stays 0
+        y_ENP = torch.bmm(a_NEi.float().transpose(0, 1), self._w2_EiP, out=y_eNP[:count])
+        if experts.b2_EP is not None:
+            y_ENP += experts.b2_EP.float()[:, None, :]
+        return y_eNP[local_NK, _column(rows)]
+
+
+class SlotExperts(TorchExperts):
+    """The same, but each slot's result comes out unweighted, [N, K, P]: the finalize weighs and adds."""
+
+    weighs = False
+
+    def apply(self, x_NP: Tensor, weights_NK: Tensor, local_NK: Tensor) -> Tensor:
+        if x_NP.shape[0] == 0 or self._w2_EiP.shape[0] == 0:
+            return x_NP.new_zeros(*local_NK.shape, self.width)
+        return self._slots(x_NP, local_NK).to(x_NP.dtype)
+
+
+class BatchedExperts:
+    """Experts over rows sorted by expert, [E, B, P] in and out, unweighted; what lies beyond an expert's count is junk."""
+
+    format: Format = "batched"
+    weighs: ClassVar[bool] = False
+    writes_input = False
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        self.weights = weights
+        self.width = weights.w13_EnP.shape[2]
+        self._w13_EPn = weights.w13_EnP.float().transpose(1, 2)
+        self._w2_EiP = weights.w2_EPi.float().transpose(1, 2)
+
+    def apply(self, x_EBP: Tensor) -> Tensor:
+        experts, dtype = self.weights, x_EBP.dtype
+        h_EBn = torch.bmm(x_EBP.float(), self._w13_EPn)
+        if experts.b13_En is not None:
+            h_EBn = h_EBn + experts.b13_En.float()[:, None]
+        y_EBP = torch.bmm(activate(h_EBn.to(dtype), experts.activation).float(), self._w2_EiP)
+        if experts.b2_EP is not None:
+            y_EBP = y_EBP + experts.b2_EP.float()[:, None]
+        return y_EBP.to(dtype)
+
+
+class MonolithicExperts:
+    """A kernel that routes by itself, from the logits; the layer's own router is not asked.
+
+    local_E: physical id -> local id, None where all experts are here.
+    """
+
+    format: Format = "monolithic"
+    weighs: ClassVar[bool] = True
+    writes_input = False
+
+    def __init__(
+        self, weights: ExpertWeights, router: FusedMoERouter, local_E: Tensor | None, weight_on_input: bool
+    ) -> None:
+        self._inner = TorchExperts(weights)
+        self._router = router
+        self._local_E = local_E
+        self._weight_on_input = weight_on_input
+        self.width = self._inner.width
+
+    def apply(self, x_NP: Tensor, logits_NE: Tensor, scale: float | None) -> Tensor:
+        weights_NK, ids_NK = self._router.select_experts(logits_NE)
+        if scale is not None:
+            weights_NK = weights_NK * scale
+        if self._weight_on_input:
+            x_NP, weights_NK = weigh_input(x_NP, weights_NK)
+        return self._inner.apply(x_NP, weights_NK, ids_NK if self._local_E is None else self._local_E[ids_NK])
 
 
 @functools.lru_cache(maxsize=64)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from harness.comm import Communicator
-from harness.runner.experts import TorchExperts, shard
+from harness.runner.experts import shard
+from harness.runner.modular_kernel import ALL_TO_ALL, FusedMoEKernel, make_kernel
 from harness.runner.moe_runner import MoERunner, RunnerParts
+from harness.runner.parallel import FusedMoEParallelConfig
+from harness.runner.placement import Placement, linear
 from harness.runner.plan import LayerFacts, OutputPlan
 from harness.runner.router import Gate, make_router
 from harness.runner.shared_experts import SharedExperts, SharedMLP
 from harness.runner.transforms import LatentProjection
 from reference.spec import MoESpec
+
+Kernel = Literal["partial", "reduced", "deepep_ht", "deepep_ll", "nvlink_one_sided", "nvlink_two_sided"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,18 +29,21 @@ class LayerSettings:
     """How an engine runs a layer of a given spec; nothing here changes the exact result.
 
     apply_routed_scale_to_output: s multiplies the routed output in the runner; False: the router's weights carry it.
-    kernel_scales: the kernel multiplies by s.    kernel_reduces: it returns the sum of all ranks.
-    kernel_runs_shared: its finalize runs the shared experts.    side_stream: they may run beside the kernel.
-    padding: zero columns that the kernel's width has beyond the layer's.
-    reduce_results: False leaves the final all-reduce to the caller.
+    kernel_scales: the kernel multiplies by s.    kernel: how tokens reach their experts (`modular_kernel.make_kernel`).
+    experts: "auto"; "slots" and "batched" leave weighing to the finalize, "monolithic" experts route by themselves.
+    placement: which rank holds which expert, linear by default.    shared_order: "auto" lets the kernel decide.
+    padding: zero columns that the kernel's width has beyond the layer's.    sequence_parallel: the tp ranks get
+    different rows.    reduce_results: False leaves the final all-reduce to the caller.
     """
 
     apply_routed_scale_to_output: bool
     kernel_scales: bool = False
-    kernel_reduces: bool = False
-    kernel_runs_shared: bool = False
-    side_stream: bool = False
+    kernel: Kernel = "partial"
+    experts: Literal["auto", "slots", "batched", "monolithic"] = "auto"
+    placement: Placement | None = None
+    shared_order: Literal["auto", "1", "2", "3"] = "auto"
     padding: int = 0
+    sequence_parallel: bool = False
     reduce_results: bool = True
 
 
@@ -48,36 +57,42 @@ class FusedMoE:
     def __init__(
         self, spec: MoESpec, settings: LayerSettings, weights: Mapping[str, Tensor], comm: Communicator
     ) -> None:
-        check_settings(spec, settings, comm.tp.size, weights["router_weight"].dtype)
-        rank, tp = comm.tp.rank, comm.tp.size
+        parallel = FusedMoEParallelConfig.make(comm, sequence_parallel=settings.sequence_parallel)
+        check_settings(spec, settings, parallel)
         routing, experts = spec.routing, spec.experts
+        self._spec, self._settings, self._weights, self._comm, self._parallel = spec, settings, weights, comm, parallel
         self.gate = Gate(
             weights["router_weight"], weights.get("router_bias"), weights.get("router_scale"),
             routing.router_norm_epsilon, routing.precision.logits == "fp32",
         )  # fmt: skip
-        router_scales = not settings.apply_routed_scale_to_output and not settings.kernel_scales
+        kernel_scales = settings.kernel_scales or _must_scale(settings)
+        router_scales = not settings.apply_routed_scale_to_output and not kernel_scales
         router = make_router(
             routing, weights.get("e_score_correction_bias"), weights.get("per_expert_scale"),
             spec.scale if router_scales else 1.0,
         )  # fmt: skip
-        kernel = TorchExperts(
-            shard(weights, experts, routing.weight_on == "input", rank, tp, settings.padding), comm,
-            reduces=settings.kernel_reduces, scale=spec.scale if settings.kernel_scales else None,
-            runs_shared=settings.kernel_runs_shared,
-        )  # fmt: skip
+        self._router, self._kernel_scale = router, spec.scale if kernel_scales and spec.scale != 1.0 else None
+        placement = settings.placement
+        if placement is None and parallel.ep_size > 1:
+            placement = linear(routing.num_experts, parallel.ep_size)
         latent = experts.latent_size is not None
         transform = LatentProjection(weights["fc2_latent"], weights.get("fc2_latent_bias")) if latent else None
+        shared = SharedMLP(weights, spec.shared, parallel.shared_rank, parallel.shared_size) if spec.shared else None
         parts = RunnerParts(
             router=router,
-            kernel=kernel,
-            shared_experts=SharedExperts(SharedMLP(weights, spec.shared, rank, tp), comm) if spec.shared else None,
+            kernel=self.make_kernel(settings.kernel, placement),
+            shared_experts=None if shared is None else SharedExperts(shared, comm),
             input_transform=LatentProjection(weights["fc1_latent"], weights.get("fc1_latent_bias")) if latent else None,
             output_transform=transform,
-            side_stream=settings.side_stream,
+            placement=placement,
+            shared_order=settings.shared_order,
             share=spec.output.share,
         )
         facts = LayerFacts(
-            tp=tp,
+            tp=parallel.tp_size,
+            moe_tp=parallel.moe_tp_size,
+            moe_ep=parallel.ep_size,
+            sequence_parallel=parallel.sequence_parallel,
             scale=spec.scale,
             apply_routed_scale_to_output=settings.apply_routed_scale_to_output,
             router_scales=router.scales,
@@ -99,23 +114,95 @@ class FusedMoE:
         """forward returns y times this: 1, or 1/s for the fp16 layer whose decoder works in that unit."""
         return self.plan.output_unit
 
-    def forward(self, hidden_states_MH: Tensor) -> Tensor:
-        """[M, H] -> [M, H], complete on every rank unless the layer was built with reduce_results=False."""
+    def make_kernel(self, backend: Kernel, placement: Placement | None) -> FusedMoEKernel:
+        """A kernel over this rank's part of the weights, to be put into `runner.kernel` between two calls."""
+        spec, settings, parallel = self._spec, self._settings, self._parallel
+        held = None if placement is None else placement.experts_of(parallel.ep_rank)
+        mine = shard(
+            self._weights, spec.experts, parallel.moe_tp_rank, parallel.moe_tp_size, settings.padding, held
+        )  # fmt: skip
+        return make_kernel(
+            backend, settings.experts, mine, placement, parallel, self._comm, self._router,
+            scale=self._kernel_scale, weight_on_input=spec.routing.weight_on == "input",
+        )  # fmt: skip
+
+    def swap_kernel(self, backend: Kernel) -> None:
+        """From the next call on, tokens travel by another backend."""
+        self.runner.kernel = self.make_kernel(backend, self.runner.placement)
+
+    def place(self, placement: Placement) -> None:
+        """From the next call on, the ranks hold other experts (EPLB). ValueError where every rank has a piece of all."""
+        if self.runner.placement is None:
+            raise ValueError("ep=1: every rank holds a piece of all experts, so there is nothing to place. Use ep > 1")
+        self.runner.kernel = self.make_kernel(self._settings.kernel, placement)
+        self.runner.placement = placement
+
+    def forward(self, hidden_states_MH: Tensor, num_tokens: int | None = None) -> Tensor:
+        """[M, H] -> [M, H], complete on every rank unless the layer was built with reduce_results=False.
+
+        num_tokens: rows from there on are padding.
+        """
         self._last_logits_ME = self.gate(hidden_states_MH)
-        return self.runner.forward(hidden_states_MH, self._last_logits_ME)
+        return self.runner.forward(hidden_states_MH, self._last_logits_ME, num_tokens)
 
     __call__ = forward
+
+    def forward_micro_batches(self, hidden_states_MH: Tensor, count: int) -> Tensor:
+        """The same, with the rows cut into micro-batches that are in flight together."""
+        batches = [(x_MH, self.gate(x_MH)) for x_MH in hidden_states_MH.tensor_split(count)]
+        self._last_logits_ME = torch.cat([logits_ME for _, logits_ME in batches])
+        return torch.cat(self.runner.forward_micro_batches(batches))
 
     def stages(self) -> dict[str, Tensor]:
         """What the last call passed through: logits, topk_ids, topk_weights (times s if the router scales)."""
         return {"logits": self._last_logits_ME, **self.runner.last_routing}
 
 
-def check_settings(spec: MoESpec, settings: LayerSettings, tp: int, dtype: torch.dtype) -> None:
+def _must_scale(settings: LayerSettings) -> bool:
+    """A monolithic kernel gets the number that the router would get: its own router scales."""
+    return settings.experts == "monolithic" and not settings.apply_routed_scale_to_output
+
+
+def check_settings(spec: MoESpec, settings: LayerSettings, parallel: FusedMoEParallelConfig) -> None:
     """Refuse what upstream accepts and then computes wrongly. Raises ValueError."""
+    _check_grid(spec, settings, parallel)
+    _check_scale(spec, settings)
+    _check_kernel(spec, settings, parallel)
+    _check_reduction(spec, settings, parallel)
+
+
+def _check_grid(spec: MoESpec, settings: LayerSettings, parallel: FusedMoEParallelConfig) -> None:
     for name, width in spec.tp_widths().items():
-        if width % tp:
-            raise ValueError(f"tp={tp} does not divide {name}={width}: choose a tp that does")
+        cut = parallel.shared_size if name.startswith("shared") else parallel.moe_tp_size
+        if width % cut:
+            what = "tp" if name.startswith("shared") or cut == parallel.tp_size else "moe.tp"
+            raise ValueError(f"{what}={cut} does not divide {name}={width}: choose a {what} that does")
+    ranks = parallel.tp_size * parallel.dp_size
+    if parallel.sequence_parallel and parallel.tp_size == 1:
+        raise ValueError("sequence_parallel with tp=1: there are no ranks to split the rows over. Leave it False")
+    if parallel.sequence_parallel and parallel.ep_size != ranks:
+        raise ValueError(
+            f"sequence_parallel with ep={parallel.ep_size}: each rank's rows need whole experts. Use ep={ranks}"
+        )
+    placement = settings.placement
+    if placement is None:
+        return
+    if parallel.ep_size == 1:
+        raise ValueError("placement with ep=1: every rank holds a piece of all experts. Use ep > 1, or leave it out")
+    if placement.num_experts != spec.routing.num_experts or max(placement.owners) >= parallel.ep_size:
+        raise ValueError(
+            f"placement of {placement.num_experts} experts on {max(placement.owners) + 1} ranks: expected "
+            f"{spec.routing.num_experts} experts on ep={parallel.ep_size}"
+        )
+    slots = len(placement.held)
+    if slots > placement.num_experts and slots % parallel.ep_size:
+        raise ValueError(
+            f"{slots} physical slots ({slots - placement.num_experts} of them redundant) on ep={parallel.ep_size}: load "
+            f"balancing gives every rank as many. Use {-slots % parallel.ep_size} more redundant slots"
+        )
+
+
+def _check_scale(spec: MoESpec, settings: LayerSettings) -> None:
     if spec.scale == 0.0:
         raise ValueError(
             "routed_scaling_factor=0: the routed experts would vanish, and fp16 divides by it. Pass None for no factor"
@@ -130,15 +217,55 @@ def check_settings(spec: MoESpec, settings: LayerSettings, tp: int, dtype: torch
         raise ValueError(
             f"kernel_scales with {zero_experts} zero experts: the kernel never sees Z. Let the router scale"
         )
-    ordered = spec.experts.latent_bias
-    if not settings.reduce_results and (ordered or settings.kernel_reduces):
-        why = "its biased output transform needs the complete sum" if ordered else "the kernel reduces"
+    if settings.apply_routed_scale_to_output and settings.kernel_scales:
+        raise ValueError("apply_routed_scale_to_output and kernel_scales: s would be applied twice. Choose one")
+
+
+def _check_kernel(spec: MoESpec, settings: LayerSettings, parallel: FusedMoEParallelConfig) -> None:
+    backend, kind, ranks = settings.kernel, settings.experts, parallel.tp_size * parallel.dp_size
+    if backend in ALL_TO_ALL and (parallel.ep_size != ranks or ranks == 1):
+        raise ValueError(
+            f"kernel={backend} with ep={parallel.ep_size}: all-to-all sends a token to whole experts on other ranks. "
+            f"Use ep = tp * dp = {ranks}{' on more than one rank' if ranks == 1 else ''}, or kernel=partial"
+        )
+    if backend == "deepep_ll" and kind not in ("auto", "batched"):
+        raise ValueError(
+            f"kernel=deepep_ll with experts={kind}: it hands over rows sorted by expert. Use experts=batched"
+        )
+    if backend in ALL_TO_ALL and backend != "deepep_ll" and kind in ("batched", "monolithic"):
+        why = (
+            "it hands over rows, not batches by expert"
+            if kind == "batched"
+            else "it sends tokens where a router has sent them"
+        )
+        raise ValueError(f"kernel={backend} with experts={kind}: {why}. Use experts=auto or slots")
+    if kind == "monolithic":
+        if settings.placement is not None and not settings.placement.is_identity:
+            raise ValueError("experts=monolithic routes by itself, to experts in their own order: load balancing cannot "
+                             "rename them. Use modular experts")  # fmt: skip
+        if spec.routing.num_zero_experts:
+            raise ValueError("experts=monolithic with zero experts: the kernel never sees Z. Use modular experts")
+    if settings.shared_order in ("2", "3") and spec.shared is None:
+        raise ValueError(f"shared_order={settings.shared_order} without shared experts: there is nothing to order")
+    if settings.shared_order == "2" and kind == "monolithic":
+        raise ValueError(
+            "shared_order=2 with experts=monolithic: such a kernel has no finalize to run them in. Use 1 or 3"
+        )
+
+
+def _check_reduction(spec: MoESpec, settings: LayerSettings, parallel: FusedMoEParallelConfig) -> None:
+    if settings.reduce_results:
+        return
+    why = None
+    if spec.experts.latent_bias:
+        why = "its biased output transform needs the complete sum"
+    elif settings.kernel != "partial":
+        why = "the kernel reduces"
+    elif parallel.sequence_parallel:
+        why = "under sequence parallelism each rank's rows are complete"
+    elif spec.routing.num_zero_experts:
+        why = "the zero experts' part is complete on every rank, and the caller would add it tp times"
+    if why:
         raise ValueError(
             f"reduce_results=False: {why}, so no partial sum is left for the caller to reduce. Leave it True"
         )
-    if settings.apply_routed_scale_to_output and settings.kernel_scales:
-        raise ValueError("apply_routed_scale_to_output and kernel_scales: s would be applied twice. Choose one")
-    if settings.kernel_runs_shared and spec.shared is None:
-        raise ValueError("kernel_runs_shared without shared experts: there is nothing to run in the finalize")
-    if settings.kernel_runs_shared and settings.side_stream:
-        raise ValueError("kernel_runs_shared and side_stream: the shared experts would run twice. Choose one")

@@ -2,7 +2,8 @@
 
 vLLM spreads this decision over the layer, the router, the kernel and ten methods of the runner; here it is data that a
 table test can enumerate and a ledger can be held against. R is the routed sum, S the shared experts' output, s the
-routed scaling factor, tp the size of the tensor-parallel group.
+routed scaling factor, tp the size of the tensor-parallel group, moe.tp and moe.ep into how many pieces and sets of
+experts the ranks cut the routed experts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ Actor = Literal["router", "kernel", "runner"]
 class Reduced(Enum):
     """Where a part that is spread over the tp ranks gets its one all-reduce."""
 
-    NOT_NEEDED = "one rank: nothing to reduce"
+    NOT_NEEDED = "one rank holds all: nothing to reduce"
+    BY_ROWS = "nobody: under sequence parallelism each rank has complete rows of its own"
     BY_KERNEL = "the kernel returns the sum of all ranks"
     EARLY = "the runner, on this part alone, before the sum"
     FINAL = "the runner, once, on the sum of all parts"
@@ -38,6 +40,7 @@ class SharedExpertsOrder(Enum):
 class LayerFacts:
     """What the layer knows when it is built.
 
+    tp, moe_tp, moe_ep: sizes.    sequence_parallel: the tp ranks have different rows.
     scale: s, 1.0 without one.    apply_routed_scale_to_output: the runner is asked to scale, not the router.
     router_scales: the router is able to fold s into its weights.    transform: the routed output transform: "none",
     "commutative" with a sum over ranks (linear, no bias) or "ordered" (it must see the complete R).
@@ -45,6 +48,9 @@ class LayerFacts:
     """
 
     tp: int
+    moe_tp: int
+    moe_ep: int
+    sequence_parallel: bool
     scale: float
     apply_routed_scale_to_output: bool
     router_scales: bool
@@ -58,16 +64,19 @@ class CallFacts:
     """What is known only at the call, since the kernel may be swapped between two calls.
 
     output_is_reduced: the kernel returns the sum of all ranks.    kernel_scales: it multiplies by s itself.
-    kernel_runs_shared: its finalize leaves room to run the shared experts in.    side_stream: they may run beside it.
-    half_precision: the layer computes in fp16.    padded: the kernel is wider than the layer.
+    no_overlap: the shared experts may not run beside the kernel.    kernel_runs_shared: its finalize leaves room to run
+    them in.    side_stream: they may run beside it.    half_precision: the layer computes in fp16.
+    padded: the kernel is wider than the layer.    announced: the kernel's own collectives (op, group), in order.
     """
 
     output_is_reduced: bool
     kernel_scales: bool
+    no_overlap: bool
     kernel_runs_shared: bool
     side_stream: bool
     half_precision: bool
     padded: bool
+    announced: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +87,7 @@ class OutputPlan:
     output_unit: the call returns y * output_unit: 1, or 1/s for the fp16 layer that returns R + S/s to stay in range.
     routed_reduced, shared_reduced: where each part gets its all-reduce; shared_reduced is None without shared experts.
     cut_before_sum: R loses the kernel's extra columns before it meets S or a transform, else at the very end.
+    announced: the kernel's own collectives (op, group), in order.
     """
 
     scaled_by: tuple[Actor, ...]
@@ -86,6 +96,7 @@ class OutputPlan:
     shared_reduced: Reduced | None
     shared_order: SharedExpertsOrder
     cut_before_sum: bool
+    announced: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.scaled_by) > 1:
@@ -106,6 +117,13 @@ class OutputPlan:
         early = (self.routed_reduced is Reduced.EARLY) + (self.shared_reduced is Reduced.EARLY)
         return early + self.final_all_reduce
 
+    def collectives_of(self, micro_batches: int) -> tuple[tuple[str, str], ...]:
+        """Every collective of the call as (op, group), in order: a ledger of the call must show these and no other.
+
+        Micro-batches in flight together all pass the kernel before the first of them is reduced.
+        """
+        return self.announced * micro_batches + (("all_reduce", "tp"),) * self.all_reduces * micro_batches
+
 
 @functools.lru_cache(maxsize=1024)
 def plan_output(layer: LayerFacts, call: CallFacts) -> OutputPlan:
@@ -122,11 +140,15 @@ def plan_output(layer: LayerFacts, call: CallFacts) -> OutputPlan:
         shared_reduced=_shared_reduced(layer, routed),
         shared_order=_shared_order(layer, call),
         cut_before_sum=call.padded and (layer.has_shared_experts or layer.transform != "none"),
+        announced=call.announced,
     )
 
 
 def _routed_reduced(layer: LayerFacts, call: CallFacts) -> Reduced:
-    if layer.tp == 1:
+    """Always over tp, also where the work was split over ep: the tp ranks hold the same tokens."""
+    if layer.sequence_parallel:
+        return Reduced.BY_ROWS
+    if layer.moe_tp == 1 and layer.moe_ep == 1:
         return Reduced.NOT_NEEDED
     if call.output_is_reduced:
         return Reduced.BY_KERNEL
@@ -162,6 +184,8 @@ def _scaled_by(layer: LayerFacts, call: CallFacts) -> tuple[Actor, ...]:
 def _shared_order(layer: LayerFacts, call: CallFacts) -> SharedExpertsOrder:
     if not layer.has_shared_experts:
         return SharedExpertsOrder.NONE
+    if call.no_overlap:
+        return SharedExpertsOrder.NO_OVERLAP
     if call.kernel_runs_shared:
         return SharedExpertsOrder.MK_INTERNAL_OVERLAPPED
     return SharedExpertsOrder.MULTI_STREAM_OVERLAPPED if call.side_stream else SharedExpertsOrder.NO_OVERLAP

@@ -46,35 +46,35 @@ class SharedMLP:
 
 
 class SharedExperts:
-    """Runs the shared module when its moment comes and keeps the output until it is read.
+    """Runs the shared module when its moment comes and keeps the output until it is read, one for each micro-batch.
 
     `run` is called at every moment with that moment's order and acts on the planned one alone, so the module runs once
     a call. Raises RuntimeError if the module reduces its own output (the runner would add it tp times), if it is to run
-    while an output waits, or if an output is read that was never made.
+    while an output of the same micro-batch waits, or if an output is read that was never made.
     """
 
     def __init__(self, module: Callable[[Tensor], Tensor], comm: Communicator) -> None:
         self._module = module
         self._comm = comm
-        self._output: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
 
-    def run(self, planned: SharedExpertsOrder, moment: SharedExpertsOrder, x_MH: Tensor) -> None:
+    def run(self, planned: SharedExpertsOrder, moment: SharedExpertsOrder, x_MH: Tensor, micro_batch: int = 0) -> None:
         if planned is not moment:
             return
-        if self._output is not None:
+        if micro_batch in self._outputs:
             raise RuntimeError(
                 f"shared experts run at {moment.name} while the output of an earlier run waits to be read"
             )
         calls = self._comm.tp.calls
-        self._output = self._module(x_MH)
+        self._outputs[micro_batch] = self._module(x_MH)
         if self._comm.tp.calls != calls:
             raise RuntimeError(
                 "the shared experts reduce their own output; the runner reduces it too, so S would count tp times. "
                 "Build their last projection without a reduction"
             )
 
-    def take(self) -> Tensor:
-        if self._output is None:
+    def take(self, micro_batch: int = 0) -> Tensor:
+        """The output of that micro-batch, once."""
+        if micro_batch not in self._outputs:
             raise RuntimeError("the shared experts' output is read before they ran")
-        output, self._output = self._output, None
-        return output
+        return self._outputs.pop(micro_batch)

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from harness.case import OPTIONS
 from harness.errors import unknown
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from reference.spec import MoESpec, RouterPrecision
 
 NAMES = ("runner", "legacy", "transformers")
+# Options of a case that only our own runner has a place for; legacy has two more, and the sizes are everybody's.
+RUNNER_OPTIONS = ("scale", "experts", "placement", "order", "pad", "junk", "batches", "swap", "reduce")
+OUR_OPTIONS = (*RUNNER_OPTIONS, "kernel", "backend")
 
 
 # One rank's built layer: hidden states [M, H] -> [M, H], complete on every rank; modality=int64 [M], 1 for images, is
@@ -41,6 +45,14 @@ class System(Protocol):
 
     def build(self, case: Case, weights: Mapping[str, Tensor], comm: Communicator) -> Layer:
         """Called once on each rank with the whole weights; the system shards them as it does in life."""
+
+
+def beyond(case: Case, options: Sequence[str], system: str) -> str | None:
+    """The reason why a system that has none of these options does not have this case; None if the case uses none."""
+    for option in options:
+        if getattr(case, option) != OPTIONS[option][0][0]:
+            return f"{system} has no {option}={getattr(case, option)}"
+    return None
 
 
 def check_name(name: str) -> None:

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import CouldNotRun, UsageError
+from harness.systems import OUR_OPTIONS, beyond
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +77,8 @@ class ForeignSystem:
 
     def supports(self, case: Case) -> str | None:
         """What the module's own supports(case) says; None without one. CouldNotRun if it cannot be asked."""
+        if reason := beyond(case, OUR_OPTIONS, "a layer from outside"):
+            return reason
         supports = getattr(self._loaded(), "supports", None)
         if supports is None:
             return None

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from harness import models
-from harness.case import OPTIONS, Case
+from harness.case import Case
 from harness.errors import CouldNotRun
 from harness.models import Upstream
+from harness.systems import OUR_OPTIONS, beyond
 from harness.weights import DTYPES
 from reference.spec import MoESpec, RouterPrecision
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from harness.comm import Communicator
 
 WRITTEN_FOR = "5.24"
-# what a case may ask of our runner only; the sizes of the layer and of s are everybody's
-_RUNNER_OPTIONS = tuple(name for name in OPTIONS if name not in ("size", "s"))
 
 
 class TransformersSystem:
@@ -50,11 +49,7 @@ class TransformersSystem:
             return "transformers has no such layer"
         if case.grid.ranks > 1:
             return "transformers runs on one rank"
-        for option in _RUNNER_OPTIONS:
-            default, value = OPTIONS[option][0][0], getattr(case, option)
-            if value != default:
-                return f"transformers has no {option}={value}"
-        return None
+        return beyond(case, OUR_OPTIONS, self.name)
 
     def precision(self, spec: MoESpec) -> RouterPrecision:
         return spec.routing.precision

@@ -17,11 +17,15 @@ from torch import Tensor
 from harness import models
 from harness.case import Case
 from harness.comm import Communicator
-from harness.runner.experts import TorchExperts, shard
+from harness.runner.block import in_sequence_parallel
+from harness.runner.experts import shard
+from harness.runner.modular_kernel import ALL_TO_ALL, finish, make_kernel
+from harness.runner.parallel import FusedMoEParallelConfig
+from harness.runner.placement import linear
 from harness.runner.router import Gate, make_router
 from harness.runner.shared_experts import SharedMLP
 from harness.runner.transforms import LatentProjection
-from harness.systems import Layer
+from harness.systems import RUNNER_OPTIONS, Layer, beyond
 from reference.spec import MoESpec, RouterPrecision
 
 
@@ -36,12 +40,14 @@ class File:
     shared: "in layer" the fused layer returns S beside R; "in model" the file computes S; "self-reducing" an MLP that
         reduces its own output and is added afterwards; "self-reducing in layer" the same, and the layer reduces it again.
     fp16_compensated: the decoder layer makes up for R + S/s.
+    sequence_parallel: it knew how to gather rows instead of reducing.
     """
 
     scale: Literal["router", "routed", "routed, fp16 shared", "sum", "none"]
     reduce: Literal["unless reduced", "always", "in layer"]
     shared: Literal["none", "in layer", "in model", "self-reducing", "self-reducing in layer"]
     fp16_compensated: bool = True
+    sequence_parallel: bool = False
 
 
 _DEEPSEEK = File(scale="routed, fp16 shared", reduce="unless reduced", shared="in layer")
@@ -53,8 +59,8 @@ _LAYER_REDUCES = File(scale="none", reduce="in layer", shared="none")
 FILES: dict[str, File] = {
     "afmoe": _SCALED_ROUTER,
     "aria": File(scale="none", reduce="in layer", shared="self-reducing in layer"),
-    "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _DEEPSEEK,
+    "deepseek_v2": replace(_DEEPSEEK, sequence_parallel=True),
+    "deepseek_v3": replace(_DEEPSEEK, sequence_parallel=True),
     "dots1": File(scale="sum", reduce="always", shared="in layer"),
     "ernie4_5_moe": _OWN_SUM,
     "ernie4_5_vl_moe": _OWN_SUM,
@@ -67,14 +73,14 @@ FILES: dict[str, File] = {
     "jamba": _LAYER_REDUCES,
     "kimi_linear": File(scale="routed", reduce="always", shared="in model"),
     "lfm2_moe": File(scale="routed", reduce="unless reduced", shared="none"),
-    "llama4": _OWN_SUM,
+    "llama4": replace(_OWN_SUM, sequence_parallel=True),
     "minimax_m2": File(scale="none", reduce="always", shared="none"),
     "mixtral": _LAYER_REDUCES,
     "nemotron_h": replace(_DEEPSEEK, fp16_compensated=False),
     "olmoe": _LAYER_REDUCES,
     "phimoe": _LAYER_REDUCES,
     "qwen2_moe": _OWN_SUM,
-    "qwen3_next": _OWN_SUM,
+    "qwen3_next": replace(_OWN_SUM, sequence_parallel=True),
     "sarvam_moe": _SCALED_ROUTER,
     "step3p5": _SCALED_ROUTER,
 }
@@ -91,12 +97,22 @@ class LegacySystem:
     def supports(self, case: Case) -> str | None:
         if case.model not in FILES:
             return f"no file of {case.model} from before the refactoring is described"
-        if case.scale != "page" or case.order != "1" or case.pad != "0":
-            return "scale, order and pad are choices of the runner; a file had one way"
+        more = beyond(case, RUNNER_OPTIONS, "a file of its own, with one way to do it,")
+        if more is not None:
+            return more
         if case.backend == "transformers" and not models.load(case.model).wrapped:
             return "the transformers backend wrapped whole blocks with shared experts, and this is none"
-        if case.kernel == "reduced" and _file(case).reduce != "unless reduced":
+        file, grid = _file(case), case.grid
+        if case.kernel == "reduced" and file.reduce != "unless reduced":
             return "its file never asked whether the kernel had reduced"
+        if case.kernel in ("deepep_ht", "deepep_ll") and file.reduce == "always":
+            return "its file never asked whether the kernel had reduced"
+        if case.kernel in ALL_TO_ALL and (grid.ep != grid.ranks or grid.dp == 1):
+            return f"kernel={case.kernel}: before the refactoring all-to-all needed ep = tp * dp and dp > 1"
+        if grid.sp > 1 and not file.sequence_parallel:
+            return "its file knew no sequence parallelism"
+        if grid.ep not in (1, grid.ranks):
+            return f"ep={grid.ep}: vLLM has no expert parallelism between 1 and tp * dp"
         return None
 
     def precision(self, spec: MoESpec) -> RouterPrecision:
@@ -104,8 +120,8 @@ class LegacySystem:
 
     def build(self, case: Case, weights: Mapping[str, Tensor], comm: Communicator) -> Layer:
         if case.spec.vision is not None:
-            return LegacyTwoBranches(case.spec, _file(case), weights, comm)
-        return LegacyBlock(case.spec, _file(case), weights, comm, case.kernel == "reduced")
+            return LegacyTwoBranches(case.spec, _file(case), weights, comm, case)
+        return LegacyBlock(case.spec, _file(case), weights, comm, case)
 
 
 def _file(case: Case) -> File:
@@ -116,9 +132,9 @@ class LegacyBlock:
     """A model's sparse block: gate, fused experts, shared experts, and the file's own sum, scale and reduction."""
 
     def __init__(
-        self, spec: MoESpec, file: File, weights: Mapping[str, Tensor], comm: Communicator, kernel_reduces: bool = False
+        self, spec: MoESpec, file: File, weights: Mapping[str, Tensor], comm: Communicator, case: Case
     ) -> None:
-        rank, tp = comm.tp.rank, comm.tp.size
+        parallel = FusedMoEParallelConfig.make(comm, sequence_parallel=case.grid.sp > 1)
         routing, experts = spec.routing, spec.experts
         self._spec, self._file, self._comm = spec, file, comm
         self._gate = Gate(
@@ -129,9 +145,19 @@ class LegacyBlock:
             routing, weights.get("e_score_correction_bias"), weights.get("per_expert_scale"),
             spec.scale if file.scale == "router" else 1.0,
         )  # fmt: skip
-        sharded = shard(weights, experts, routing.weight_on == "input", rank, tp, 0)
-        self._experts = TorchExperts(sharded, comm, reduces=kernel_reduces)
-        self.shared = SharedMLP(weights, spec.shared, rank, tp) if spec.shared else None
+        placement = linear(routing.num_experts, parallel.ep_size) if parallel.ep_size > 1 else None
+        held = None if placement is None else placement.experts_of(parallel.ep_rank)
+        sharded = shard(weights, experts, parallel.moe_tp_rank, parallel.moe_tp_size, 0, held)
+        self._kernel = make_kernel(
+            case.kernel, "auto", sharded, placement, parallel, comm, self._router,
+            scale=None, weight_on_input=routing.weight_on == "input",
+        )  # fmt: skip
+        # 0.19.1 took the NVLink backends' output for a partial sum (vLLM #41382)
+        self._reduced = self._kernel.output_is_reduced and not case.kernel.startswith("nvlink")
+        self._rows = parallel.sequence_parallel
+        self.shared = (
+            SharedMLP(weights, spec.shared, parallel.shared_rank, parallel.shared_size) if spec.shared else None
+        )
         latent = experts.latent_size is not None
         self._into_latent = LatentProjection(weights["fc1_latent"], weights.get("fc1_latent_bias")) if latent else None
         self._out_of_latent = (
@@ -141,6 +167,9 @@ class LegacyBlock:
         self.output_unit = 1.0 / spec.scale if in_units else 1.0
 
     def __call__(self, x_MH: Tensor) -> Tensor:
+        return in_sequence_parallel(self._forward, self._comm, x_MH) if self._rows else self._forward(x_MH)
+
+    def _forward(self, x_MH: Tensor) -> Tensor:
         routed_MH = self.routed(x_MH)
         return self.combine(None if self.shared is None else self.shared(x_MH), routed_MH)
 
@@ -148,8 +177,8 @@ class LegacyBlock:
         """R in the experts' own width, as the fused layer returned it."""
         weights_MK, ids_MK = self._router.select_experts(self._gate(x_MH))
         x_ML = x_MH if self._into_latent is None else self._into_latent(x_MH)
-        routed_ML = self._experts.apply(x_ML, weights_MK, ids_MK, lambda: None)
-        return self._comm.all_reduce(routed_ML) if self._file.reduce == "in layer" else routed_ML
+        routed_ML = finish(self._kernel.steps(x_ML, weights_MK, ids_MK.to(self._kernel.topk_indices_dtype)))
+        return self._comm.all_reduce(routed_ML) if self._file.reduce == "in layer" and not self._reduced else routed_ML
 
     def combine(self, shared_MH: Tensor | None, routed_ML: Tensor) -> Tensor:
         """What the file did with the pair (S, R)."""
@@ -163,13 +192,15 @@ class LegacyBlock:
         elif file.scale in ("routed", "routed, fp16 shared"):
             routed_ML = routed_ML * scale
         result = routed_ML if self._out_of_latent is None else self._out_of_latent(routed_ML)
-        if shared_MH is not None and file.reduce == "unless reduced" and self._experts.output_is_reduced:
+        if self._rows:
+            return result if shared_MH is None else result + shared_MH
+        if shared_MH is not None and file.reduce == "unless reduced" and self._reduced:
             shared_MH = self._comm.all_reduce(shared_MH)
         if shared_MH is not None:
             result = result + shared_MH
         if file.scale == "sum":
             result = result * scale
-        if file.reduce == "always" or (file.reduce == "unless reduced" and not self._experts.output_is_reduced):
+        if file.reduce == "always" or (file.reduce == "unless reduced" and not self._reduced):
             result = self._comm.all_reduce(result)
         return result
 
@@ -183,12 +214,14 @@ class LegacyTwoBranches:
 
     output_unit = 1.0
 
-    def __init__(self, spec: MoESpec, file: File, weights: Mapping[str, Tensor], comm: Communicator) -> None:
+    def __init__(
+        self, spec: MoESpec, file: File, weights: Mapping[str, Tensor], comm: Communicator, case: Case
+    ) -> None:
         assert spec.vision is not None
         vision = replace(spec, routing=spec.vision.routing, experts=spec.vision.experts, vision=None, shared=None)
         own = {n.removeprefix("vision_"): t for n, t in weights.items() if n.startswith("vision_")}
-        self._text = LegacyBlock(replace(spec, vision=None), file, weights, comm)
-        self._vision = LegacyBlock(vision, file, own, comm)
+        self._text = LegacyBlock(replace(spec, vision=None), file, weights, comm, case)
+        self._vision = LegacyBlock(vision, file, own, comm, case)
 
     def __call__(self, hidden_states: Tensor, *, modality: Tensor) -> Tensor:
         is_vision = modality.bool()
