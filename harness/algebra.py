@@ -1,4 +1,4 @@
-"""Reads an output as a sum of the oracle's parts: which factor stands before each, as a product of s and tp.
+"""Reads an output as a sum of the oracle's parts: which factor stands before each, as a product of s and sizes of the grid.
 
 A least-squares fit in float64: on whole parts; on a rank's own share against the rest; on each share; on whole parts and
 the layer's input, which the law does not add. Rows in which rounding may change the choice of experts take no part.
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.case import Grid
 from harness.compare import near_ties
-from harness.parts import LETTERS, Part, layer_input, parts, shares
+from harness.layout import Layout
+from harness.parts import LETTERS, Part, layer_input, parts, rank_shares
 from harness.problem import Problem, ways
 from reference.spec import RouterPrecision
 
@@ -37,19 +37,19 @@ class Evidence:
     given: Problem
     outputs: Sequence[Tensor]
     held_RM: Tensor
-    grid: Grid
+    layout: Layout
     precision: RouterPrecision
     wrong_RM: Tensor
     stages: Mapping[str, Tensor]
 
     @property
     def tp(self) -> int:
-        return self.grid.tp
+        return self.layout.grid.tp
 
     @property
     def naive_M(self) -> Tensor:
         """float64 [M]: the unit of errors."""
-        return self.given.naive_error(ways(self.given.spec, self.grid), self.precision)
+        return self.given.naive_error(ways(self.given.spec, self.layout.grid), self.precision)
 
     @property
     def decided_M(self) -> Tensor:
@@ -59,23 +59,34 @@ class Evidence:
 
     @property
     def ranks_agree(self) -> bool:
-        """All ranks return the same rows, but for rounding: what differs by rank has then met a collective after it."""
-        limit_M = 2 * self.naive_M
-        first = self.outputs[0]
-        return all(bool(((other - first).norm(dim=-1) <= limit_M).all()) for other in self.outputs[1:])
+        """Ranks with the same tokens return the same, but for rounding: what differs by rank has then met a collective
+        after it.
+        """
+        limit_M, tp = 2 * self.naive_M, self.tp
+        return all(
+            bool(((output - self.outputs[rank - rank % tp]).norm(dim=-1) <= limit_M).all())
+            for rank, output in enumerate(self.outputs)
+        )
+
+    @property
+    def assembled_MH(self) -> Tensor:
+        """The output of tp rank 0 of every data-parallel rank, each in its own rows."""
+        whole_MH = self.outputs[0].clone()
+        for rank in range(self.tp, len(self.outputs), self.tp):
+            whole_MH[self.held_RM[rank]] = self.outputs[rank][self.held_RM[rank]]
+        return whole_MH
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One rank's factors by part. own_only: parts of which only the rank's own share counts.
 
-    uneven: parts whose shares count differently, each rank's share with its symbol.    ranks: tp.
+    uneven: parts whose shares count differently, each share with its symbol, "?" where no token needs it.
     """
 
     symbols: dict[str, str]
     own_only: frozenset[str]
     uneven: dict[str, tuple[str, ...]]
-    ranks: int
 
     def __str__(self) -> str:
         """'y = s*R + tp*S', R_own where only the rank's own share counts."""
@@ -88,20 +99,25 @@ class Reading:
         return all(symbol == "uneven" or not _is_number(symbol) for symbol in read)
 
 
-def symbol_values(scale: float, tp: int) -> dict[str, float]:
-    """The factors that faults produce, by name, the plainest first; names that coincide with an earlier one are left out."""
+def symbol_values(scale: float, sizes: Mapping[str, int]) -> dict[str, float]:
+    """The factors that faults produce, by name, the plainest first; names that coincide with an earlier one are left out.
+
+    sizes: of the grid, by name (`Layout.sizes`).
+    """
     named = {"1": 1.0, "0": 0.0}
     if scale != 1.0:
         named |= {"s": scale, "s^2": scale**2, "1/s": 1 / scale, "s^3": scale**3}
-    if tp > 1:
-        named |= {"tp": float(tp), "1/tp": 1 / tp, "tp^2": float(tp**2)}
+    for name, size in sizes.items():
+        named |= {name: float(size), f"1/{name}": 1 / size}
+        if scale != 1.0:
+            named |= {f"s*{name}": scale * size, f"s/{name}": scale / size}
+    for name, size in sizes.items():
+        named[f"{name}^2"] = float(size**2)
         if scale != 1.0:
             named |= {
-                "s*tp": scale * tp,
-                "s/tp": scale / tp,
-                "s^2*tp": scale**2 * tp,
-                "tp/s": tp / scale,
-                "s*tp^2": scale * tp**2,
+                f"s^2*{name}": scale**2 * size,
+                f"{name}/s": size / scale,
+                f"s*{name}^2": scale * size**2,
             }
     named |= {"2": 2.0, "-1": -1.0, "1/2": 0.5}
     if scale != 1.0:
@@ -120,7 +136,7 @@ def law(given: Problem) -> dict[str, str]:
 
 
 def lawful_reading(given: Problem) -> Reading:
-    return Reading(law(given), frozenset(), {}, 1)
+    return Reading(law(given), frozenset(), {})
 
 
 def is_lawful(reading: Reading, lawful: Reading) -> bool:
@@ -145,10 +161,10 @@ def read_shares(evidence: Evidence, rank: int) -> Reading | None:
 
     Where all ranks return the same, no share is a rank's own, and only the second is asked.
     """
-    if evidence.tp == 1:
-        return None
-    columns = shares(evidence.given, evidence.tp)
-    own = None if evidence.ranks_agree else _fit(evidence, rank, _own_and_rest(columns, rank))
+    columns = rank_shares(evidence.given, evidence.layout)
+    if not any(part.shard for part in columns):
+        return None  # one rank holds all, or no share is a rank's own
+    own = None if evidence.ranks_agree else _fit(evidence, rank, _own_and_rest(columns, rank, evidence.layout))
     return own or _fit(evidence, rank, _shares(columns), own=not evidence.ranks_agree)
 
 
@@ -165,8 +181,8 @@ def _whole(columns: Sequence[Part]) -> list[_Column]:
     return _joined(columns, lambda part: "")
 
 
-def _own_and_rest(columns: Sequence[Part], rank: int) -> list[_Column]:
-    return _joined(columns, lambda part: "own" if part.shard == rank else "rest")
+def _own_and_rest(columns: Sequence[Part], rank: int, layout: Layout) -> list[_Column]:
+    return _joined(columns, lambda part: "own" if part.shard == layout.own(part.name, rank) else "rest")
 
 
 def _shares(columns: Sequence[Part]) -> list[_Column]:
@@ -188,9 +204,10 @@ def _joined(columns: Sequence[Part], key: Callable[[Part], str]) -> list[_Column
 def _fit(
     evidence: Evidence, rank: int, columns: Sequence[_Column], rows_M: Tensor | None = None, *, own: bool = True
 ) -> Reading | None:
-    given, tp = evidence.given, evidence.tp
+    given, layout = evidence.given, evidence.layout
     rows = (evidence.decided_M & evidence.held_RM[rank] if rows_M is None else rows_M).nonzero()[:, 0]
     target = evidence.outputs[rank][rows] / given.spec.output.share
+    columns = [column for column in columns if bool(column.value_MH[rows].any())]
     if target.shape[0] == 0 or not columns or target.numel() < 2 * len(columns):
         return None
     matrix = torch.stack([column.value_MH[rows].flatten() for column in columns], 1)
@@ -204,18 +221,20 @@ def _fit(
     spread = torch.linalg.pinv(matrix.T @ matrix).diagonal().clamp(min=0).sqrt() * noise
     if bool((6 * spread > 0.2).any()):
         return None  # the tokens do not determine every factor
-    names = symbol_values(given.spec.scale, tp)
+    names = symbol_values(given.spec.scale, layout.sizes)
     read: dict[str, list[tuple[frozenset[int] | None, str]]] = {}
     for column, value, deviation in zip(columns, solved.tolist(), spread.tolist(), strict=True):
         read.setdefault(column.name, []).append((column.shards, fit_symbol(value, deviation, names, given.dtype)))
-    return _read(read, rank if own else None, tp)
+    return _read(read, rank if own else None, layout, law(given))
 
 
-def _read(read: dict[str, list[tuple[frozenset[int] | None, str]]], rank: int | None, tp: int) -> Reading:
-    """rank: whose own shares are named as such; None where they mean nothing."""
-    symbols, own_only, uneven = {}, set(), {}
-    mine = None if rank is None else frozenset({rank})
+def _read(
+    read: dict[str, list[tuple[frozenset[int] | None, str]]], rank: int | None, layout: Layout, lawful: dict[str, str]
+) -> Reading:
+    """rank: whose own shares are named as such; None where they mean nothing. A part that no row needs is lawful."""
+    symbols, own_only, uneven = dict(lawful), set(), {}
     for name, factors in read.items():
+        mine = None if rank is None else frozenset({layout.own(name, rank)})
         own = [symbol for shards, symbol in factors if mine is not None and shards == mine]
         others = {symbol for shards, symbol in factors if shards != mine}
         if len({symbol for _, symbol in factors}) == 1:
@@ -226,8 +245,8 @@ def _read(read: dict[str, list[tuple[frozenset[int] | None, str]]], rank: int | 
         else:
             symbols[name] = "uneven"
             by_shard = {shard: symbol for shards, symbol in factors for shard in shards or ()}
-            uneven[name] = tuple(by_shard.get(shard, "0") for shard in range(tp))
-    return Reading(symbols, frozenset(own_only), uneven, tp)
+            uneven[name] = tuple(by_shard.get(shard, "?") for shard in range(layout.shares(name)))
+    return Reading(symbols, frozenset(own_only), uneven)
 
 
 def fit_symbol(value: float, deviation: float, names: dict[str, float], dtype: torch.dtype) -> str:

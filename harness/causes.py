@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.algebra import Reading
 from harness.errors import ranks_text
+from harness.layout import Layout
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Cause:
     """A row of the table below. Symbols a part must have; "own" is the lawful symbol on the rank's own shard alone."""
 
@@ -63,11 +66,11 @@ CAUSES = (
 )  # fmt: skip
 
 
-def find_causes(reading: Reading, lawful: dict[str, str], has_scale: bool) -> list[Cause]:
+def find_causes(reading: Reading, lawful: dict[str, str], has_scale: bool, layout: Layout) -> list[Cause]:
     """The first rows of CAUSES that fit the reading, each for parts that deviate and that no earlier row explains."""
     found: list[Cause] = []
     left = unexplained(reading, lawful, found)
-    for cause in CAUSES:
+    for cause in _for_sizes(CAUSES, layout):
         wanted = {name: _without_s(symbol) if not has_scale else symbol for name, symbol in cause.symbols.items()}
         if not all(name in reading.symbols for name in wanted) or not left & wanted.keys():
             continue
@@ -79,10 +82,31 @@ def find_causes(reading: Reading, lawful: dict[str, str], has_scale: bool) -> li
     return found
 
 
+@functools.lru_cache(maxsize=64)
+def _for_sizes(causes: tuple[Cause, ...], layout: Layout) -> tuple[Cause, ...]:
+    """The table, and after it each row about tp once more for every other size of the grid."""
+    rows = list(causes)
+    for name in layout.sizes:
+        if name == "tp":
+            continue
+        for cause in causes:
+            if any("tp" in symbol for symbol in cause.symbols.values()):
+                symbols = {part: symbol.replace("tp", name) for part, symbol in cause.symbols.items()}
+                sentence = re.sub(r"\btp\b", name, cause.sentence).replace("once per rank", f"once per {_RANKS[name]}")
+                rows.append(Cause(cause.family, symbols, sentence))
+    return tuple(rows)
+
+
+_RANKS = {"dp": "dp rank", "ep": "ep rank", "ranks": "rank of the whole grid"}
+
+
 # Which part a bias goes with: multiplied or lost together, it needs no cause of its own.
 _WITH = {"expert bias": "routed", "latent bias": "routed", "shared bias": "shared"}
-# A factor of R by what a bias gets that the law does not scale.
-_UNSCALED = {"s*tp": "tp", "s^2": "s", "s/tp": "1/tp", "1": "1/s", "-s": "-1", "2*s": "2", "s/2": "1/2"}
+
+
+def _unscaled(symbol: str) -> str:
+    """A factor of R by what a bias gets that the law does not scale."""
+    return {"s^2": "s", "1": "1/s"}.get(symbol) or _without_s(symbol)
 
 
 def unexplained(reading: Reading, lawful: dict[str, str], causes: Sequence[Cause]) -> set[str]:
@@ -95,7 +119,7 @@ def unexplained(reading: Reading, lawful: dict[str, str], causes: Sequence[Cause
             continue
         if owner in explained:
             whole = reading.symbols[owner] if owner else ""
-            if symbol in (whole, _UNSCALED.get(whole, whole)):
+            if symbol in (whole, _unscaled(whole)):
                 continue
         left.add(name)
     return left
@@ -108,75 +132,137 @@ def _matches(reading: Reading, name: str, wanted: str, lawful: dict[str, str]) -
 
 
 def _without_s(symbol: str) -> str:
-    return {"s": "1", "s*tp": "tp", "s/tp": "1/tp", "s/2": "1/2", "2*s": "2", "-s": "-1"}.get(symbol, symbol)
+    """A symbol of the table as it reads in a layer without s."""
+    if symbol in ("s/2", "2*s", "-s"):
+        return {"s/2": "1/2", "2*s": "2", "-s": "-1"}[symbol]
+    if symbol.startswith(("s*", "s/")):
+        return symbol[2:] if symbol[1] == "*" else f"1{symbol[1:]}"
+    return "1" if symbol == "s" else symbol
 
 
-def uneven_cause(readings: Sequence[Reading], lawful: dict[str, str]) -> Cause | None:
-    """Why the shares of a part count differently, from the readings of all ranks; None where no pattern is known.
+def uneven_causes(readings: Mapping[int, Reading], lawful: dict[str, str], layout: Layout) -> list[Cause]:
+    """Why the shares of a part count differently, from the readings of all ranks; empty where no pattern is known.
 
-    A rank's row of counts says how often each rank's share is in its output: 1 as the law says, tp, or not at all.
+    A rank's row of counts says how often each share is in its output: 1 as the law says, a size, or not at all.
     """
-    names = [name for name in ("routed", "shared") if any(_deviates(reading, name, lawful) for reading in readings)]
+    names = [n for n in ("routed", "shared") if any(_deviates(reading, n, lawful) for reading in readings.values())]
     tables = [
-        tuple(_counts(reading, name, lawful[name], rank) for rank, reading in enumerate(readings)) for name in names
+        {rank: _counts(reading, name, lawful[name], rank, layout) for rank, reading in readings.items()}
+        for name in names
     ]
-    if not tables or any(table != tables[0] for table in tables):
+    letters = [{"routed": "R", "shared": "S"}[name] for name in names]
+    if len(tables) == 2 and _same(tables[0], tables[1]):
+        both = _pattern(tables[0], " and ".join(letters), names[0], layout)
+        return [] if both is None else [both]
+    found = [_pattern(table, letter, name, layout) for table, letter, name in zip(tables, letters, names, strict=True)]
+    return [cause for cause in found if cause is not None] if None not in found else []
+
+
+def _same(one: Mapping[int, tuple[str, ...]], other: Mapping[int, tuple[str, ...]]) -> bool:
+    """Equal but for what one of both does not know."""
+    pairs = [(one[rank], other[rank]) for rank in one]
+    return all(len(a) == len(b) and _merged([a, b]) is not None for a, b in pairs)
+
+
+def _pattern(table: Mapping[int, tuple[str, ...]], what: str, part: str, layout: Layout) -> Cause | None:
+    merged = _merged(table.values())
+    if merged is not None:
+        return _alike(merged, what, part, layout)
+    return _by_rank(table, what, part, layout)
+
+
+def _merged(rows: Iterable[tuple[str, ...]]) -> tuple[str, ...] | None:
+    """The rows as one, if they are equal but for shares that one of them does not know."""
+    known = [{count for count in column if count != "?"} for column in zip(*rows, strict=True)]
+    if any(len(counts) > 1 for counts in known):
         return None
-    what = " and ".join({"routed": "R", "shared": "S"}[name] for name in names)
-    return _alike(tables[0], what) if len(set(tables[0])) == 1 else _by_rank(tables[0], what)
+    return tuple(counts.pop() if counts else "?" for counts in known)
 
 
 def _deviates(reading: Reading, name: str, lawful: dict[str, str]) -> bool:
     return name in reading.uneven or name in reading.own_only or reading.symbols.get(name, "1") != lawful.get(name, "1")
 
 
-def _counts(reading: Reading, name: str, lawful: str, rank: int) -> tuple[str, ...]:
-    """How often each share counts, in units of what the law says: "1", "0", "2", "tp", or a symbol that is none of them."""
-    units = {lawful: "1", "s*tp" if lawful == "s" else "tp": "tp", "2*s" if lawful == "s" else "2": "2"}
+def _counts(reading: Reading, name: str, lawful: str, rank: int, layout: Layout) -> tuple[str, ...]:
+    """How often each share counts, in units of what the law says: "1", "0", "2", a size's name, or another symbol."""
+    units = {lawful: "1", "2*s" if lawful == "s" else "2": "2"}
+    units |= {f"s*{size}" if lawful == "s" else size: size for size in layout.sizes}
+    count = layout.shares(name)
     if name in reading.own_only:
         own = units.get(reading.symbols[name], reading.symbols[name])
-        return tuple(own if shard == rank else "0" for shard in range(reading.ranks))
-    symbols = reading.uneven.get(name) or (reading.symbols[name],) * reading.ranks
+        return tuple(own if shard == layout.own(name, rank) else "0" for shard in range(count))
+    symbols = reading.uneven.get(name) or (reading.symbols[name],) * count
     return tuple(units.get(symbol, symbol) for symbol in symbols)
 
 
-def _alike(table: tuple[tuple[str, ...], ...], what: str) -> Cause | None:
+def _alike(counts: tuple[str, ...], what: str, part: str, layout: Layout) -> Cause | None:
     """All ranks return the same sum of shares, a wrong one."""
-    counts = table[0]
-    counted = [shard for shard, count in enumerate(counts) if count != "0"]
+    counted = [shard for shard, count in enumerate(counts) if count not in ("0", "?")]
     lost = [shard for shard, count in enumerate(counts) if count == "0"]
-    if len(counted) == 1 and counts[counted[0]] == "tp":
-        return Cause(
-            "F9", {}, f"every rank computes rank {counted[0]}'s share of {what}: the others' weights are never used"
-        )
-    if lost and {counts[shard] for shard in counted} == {"1"}:
+    if len(counted) == 1 and lost and counts[counted[0]] in layout.sizes:
+        who = layout.holders(part, counted)
+        return Cause("F9", {}, f"every rank computes the share of {what} of {who}: the others' weights are never used")
+    if lost and counted and {counts[shard] for shard in counted} == {"1"}:
         gave = "ranks gave nothing or the sum skips them" if len(lost) > 1 else "rank gave nothing or the sum skips it"
-        return Cause("B8", {}, f"the share of {what} of {ranks_text(lost)} is missing: the {gave}")
+        held = layout.experts_text(lost) if part == "routed" else None
+        which = f"{layout.holders(part, lost)}{f', with {held},' if held else ''}"
+        return Cause("B8", {}, f"the share of {what} of {which} is missing: the {gave}")
+    more = {counts[shard] for shard in counted} - {"1"}
+    if not lost and len(more) == 1 and (count := more.pop()) in {"2", *layout.sizes}:
+        who = layout.holders(part, [shard for shard in counted if counts[shard] == count])
+        return Cause("B2", {}, f"the share of {what} of {who} counts {count} times, the others once")
     return None
 
 
-def _by_rank(table: tuple[tuple[str, ...], ...], what: str) -> Cause | None:
+def _by_rank(table: Mapping[int, tuple[str, ...]], what: str, part: str, layout: Layout) -> Cause | None:
     """Each rank returns another sum of shares."""
-    ranks = range(len(table))
-    rest = {count for rank in ranks for shard, count in enumerate(table[rank]) if shard != rank}
-    own = {table[rank][rank] for rank in ranks}
-    if rest == {"1"} and own in ({"2"}, {"tp"}):
+    mine = {rank: layout.own(part, rank) for rank in table}
+    rest = {count for rank, row in table.items() for shard, count in enumerate(row) if shard != mine[rank]} - {"?"}
+    own = {row[mine[rank]] for rank, row in table.items()} - {"?"}
+    if rest == {"1"} and (own == {"2"} or (len(own) == 1 and own <= layout.sizes.keys())):
         return Cause("B14", {}, f"each rank adds its own share of {what} again after the sum")
     if rest == {"1"} and own == {"0"}:
         return Cause("B14", {}, f"each rank lacks its own share of {what}, the others' are there")
-    met = [tuple(shard for shard, count in enumerate(row) if count == "1") for row in table]
-    complete = all(set(row) <= {"0", "1"} for row in table)
-    if complete and all(rank in met[rank] and all(met[other] == met[rank] for other in met[rank]) for rank in ranks):
-        groups = "; ".join(ranks_text(group) for group in dict.fromkeys(met))
-        return Cause("B8", {}, f"{what} is summed over parts of the ranks, not over all of them: {groups}")
+    if not rest | own <= {"0", "1"} or any(set(row) == {"0"} for row in table.values()):
+        return None
+    if rest == {"0"}:
+        family = "B5" if part == "shared" else "B1"
+        return Cause(family, {}, f"{_is(what)} not reduced: each rank returns its own share of it")
+    fits = {name: groups for name, groups in layout.groups().items() if part == "routed" and _meets(table, groups)}
+    if len(fits) == 1:
+        name, groups = fits.popitem()
+        told = "; ".join(map(ranks_text, groups))
+        return Cause(
+            "B8", {}, f"{_is(what)} summed over {name} alone ({told}): a sum over {layout.beside(name)} is missing"
+        )
+    met = {rank: tuple(shard for shard, count in enumerate(row) if count == "1") for rank, row in table.items()}
+    if all(
+        mine[rank] in met[rank] and all(met[other] == met[rank] for other in met[rank] if other in met) for rank in met
+    ):
+        groups_text = "; ".join(layout.holders(part, group) for group in dict.fromkeys(met.values()))
+        return Cause("B8", {}, f"{_is(what)} summed over parts of the ranks, not over all of them: {groups_text}")
     return None
 
 
-def uneven_shares(reading: Reading, lawful: dict[str, str]) -> str | None:
-    """'rank 2's share counted 0', for a part whose shares count differently."""
+def _is(what: str) -> str:
+    return f"{what} {'are' if ' and ' in what else 'is'}"
+
+
+def _meets(table: Mapping[int, tuple[str, ...]], groups: Sequence[tuple[int, ...]]) -> bool:
+    """Whether each rank counts exactly its group, as far as its tokens tell."""
+    mine = {rank: group for group in groups for rank in group}
+    return all(
+        count == "?" or (count == "1") == (shard in mine[rank])
+        for rank, row in table.items()
+        for shard, count in enumerate(row)
+    )
+
+
+def uneven_shares(reading: Reading, lawful: dict[str, str], layout: Layout) -> str | None:
+    """'the share of rank 2 counted 0', for a part whose shares count differently."""
     for name, symbols in reading.uneven.items():
-        wrong = {shard: symbol for shard, symbol in enumerate(symbols) if symbol != lawful.get(name)}
+        wrong = {shard: symbol for shard, symbol in enumerate(symbols) if symbol not in (lawful.get(name), "?")}
         if wrong:
-            told = ", ".join(f"rank {shard}'s share counted {symbol}" for shard, symbol in wrong.items())
+            told = ", ".join(f"the share of {layout.holders(name, [shard])} counted {s}" for shard, s in wrong.items())
             return f"{name}: {told} (expected {lawful.get(name, '0')} each)"
     return None

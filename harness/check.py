@@ -16,6 +16,7 @@ from harness.diagnose import Diagnosis, diagnose
 from harness.errors import CouldNotRun
 from harness.execution import RankOutput, Run, run_system
 from harness.finding import Finding, Verdict, repro_command
+from harness.layout import Layout
 from harness.problem import Problem, problem, ways
 from harness.systems import System
 
@@ -96,11 +97,34 @@ def evidence(
     case: Case, system: System, given: Problem, run: Run, outputs: Sequence[Tensor], compared: Comparison
 ) -> Evidence:
     """What the diagnosis gets to see."""
-    held_RM = torch.zeros(compared.wrong_RM.shape, dtype=torch.bool)
+    held_RM, wrong_RM, tp = torch.zeros(compared.wrong_RM.shape, dtype=torch.bool), compared.wrong_RM, case.grid.tp
     for rank, out in enumerate(run.ranks):
-        held_RM[rank, out.rows] = True
+        held_RM[rank, _computed(out.rows, rank % tp, tp) if case.grid.sp > 1 else out.rows] = True
+    if case.grid.sp > 1 and not bool((wrong_RM & held_RM).any()):  # what a rank computed is right: the gather is not
+        held_RM = torch.stack([_mask(out.rows, wrong_RM.shape[1]) for out in run.ranks])
+    wrong_RM = wrong_RM & held_RM
     stages: dict[str, Tensor] = getattr(run.ranks[0].layer, "stages", dict)() if case.grid.dp == 1 else {}
-    return Evidence(given, outputs, held_RM, case.grid, system.precision(given.spec), compared.wrong_RM, stages)
+    layout = Layout(case.grid, getattr(run.ranks[0].layer, "owners", _linear(case)))
+    return Evidence(given, outputs, held_RM, layout, system.precision(given.spec), wrong_RM, stages)
+
+
+def _computed(rows: slice, rank: int, tp: int) -> slice:
+    """Under sequence parallelism, the rows that a tp rank took through the layer."""
+    share = -(-(rows.stop - rows.start) // tp)
+    start = min(rows.start + rank * share, rows.stop)
+    return slice(start, min(start + share, rows.stop))
+
+
+def _mask(rows: slice, count: int) -> Tensor:
+    held_M = torch.zeros(count, dtype=torch.bool)
+    held_M[rows] = True
+    return held_M
+
+
+def _linear(case: Case) -> tuple[int, ...]:
+    """The ep rank of each expert where a layer does not tell: neighbours together, the first ranks hold one more."""
+    base, rest = divmod(case.spec.routing.num_experts, case.grid.ep)
+    return tuple(rank for rank in range(case.grid.ep) for _ in range(base + (rank < rest)))
 
 
 def _unannounced(run: Run) -> str | None:

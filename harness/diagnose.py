@@ -7,7 +7,7 @@ must have chosen. A simpler explanation comes before a finer one. What nothing e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -26,8 +26,9 @@ from harness.algebra import (
     read_with_input,
     symbol_values,
 )  # fmt: skip
-from harness.causes import find_causes, uneven_cause, uneven_shares, unexplained
-from harness.errors import ranks_text
+from harness.causes import find_causes, uneven_causes, uneven_shares, unexplained
+from harness.layout import Layout
+from harness.mixtures import mixture_story
 from harness.parts import LETTERS, expert_parts
 from harness.problem import Problem
 from harness.recover import Recovered, Story, numbers_text, recover, recoverable, routing_story, rows_story
@@ -56,16 +57,21 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     if plain is not None:
         return plain
     whole = _each(evidence, read_whole)
-    if whole is not None and all(reading.is_symbolic for reading in whole):
+    if whole is not None and all(reading.is_symbolic for reading in whole.values()):
         return _algebra_sentence(evidence, whole)
     recovered = recover(evidence)
     recent = _variant_cause(evidence, recovered, recent=True)
     if recent is not None:
         return recent
     shares = whole or _each(evidence, lambda e, rank: read_whole(e, rank) or read_shares(e, rank))
-    if shares is not None and all(reading.is_symbolic for reading in shares):
+    if shares is not None and all(reading.is_symbolic for reading in shares.values()):
         return _algebra_sentence(evidence, shares)
-    placed = _input_cause(evidence) or _some_rows_cause(evidence, symbolic=True) or _placed(rows_story(evidence))
+    placed = (
+        _input_cause(evidence)
+        or _some_rows_cause(evidence, symbolic=True)
+        or _placed(rows_story(evidence))
+        or _placed(mixture_story(evidence))
+    )
     if placed is not None:
         return placed
     by_law = _variant_cause(evidence, recovered, recent=False)
@@ -81,41 +87,48 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     )
 
 
-def _each(evidence: Evidence, read: Callable[[Evidence, int], Reading | None]) -> list[Reading] | None:
-    """One reading a rank, or None if a rank has none; ranks with the same bits are read once."""
-    readings: list[Reading] = []
+def _each(evidence: Evidence, read: Callable[[Evidence, int], Reading | None]) -> dict[int, Reading] | None:
+    """The reading of each rank that has decided tokens, or None if one of them has none; equal outputs are read once."""
+    readings: dict[int, Reading] = {}
     for rank, output in enumerate(evidence.outputs):
-        same = readings[0] if rank and torch.equal(output, evidence.outputs[0]) else read(evidence, rank)
-        if same is None:
+        if not bool((evidence.held_RM[rank] & evidence.decided_M).any()):
+            continue
+        first = rank - rank % evidence.tp
+        alike = first in readings and torch.equal(output, evidence.outputs[first])
+        reading = readings[first] if alike else read(evidence, rank)
+        if reading is None:
             return None
-        readings.append(same)
-    return readings
+        readings[rank] = reading
+    return readings or None
 
 
 def _plain_cause(evidence: Evidence) -> Diagnosis | None:
     """What needs no arithmetic: not-a-number, infinity, all zeros."""
     bad = [r for r, output in enumerate(evidence.outputs) if not bool(output.isfinite().all())]
+    held = [output[rows] for output, rows in zip(evidence.outputs, evidence.held_RM, strict=True)]
     if bad:
         output = evidence.outputs[bad[0]]
         rows = (~output.isfinite()).any(-1).nonzero()[:, 0]
         kind = "NaN" if bool(output.isnan().any()) else "infinity"
         stage, why = _first_extreme_stage(evidence, int(rows[0]))
         return Diagnosis(
-            f"{kind} in {len(rows)} of {len(output)} rows, first in token {int(rows[0])}, on {ranks_text(bad)}; {why}",
+            f"{kind} in {len(rows)} of {len(held[bad[0]])} rows, first in token {int(rows[0])}, "
+            f"on {evidence.layout.where(bad)}; {why}",
             "G5" if kind == "NaN" else "D12", stage,
         )  # fmt: skip
-    zero = [r for r, output in enumerate(evidence.outputs) if not bool(output.any())]
-    if len(zero) == len(evidence.outputs):
+    zero = [r for r, rows in enumerate(held) if not bool(rows.any()) and bool(evidence.wrong_RM[r].any())]
+    if len(zero) == sum(map(bool, map(len, held))):
         return Diagnosis(
             "y = 0 on every rank: nothing was computed or nothing was written",
             "A6",
             coefficients={"routed": "0", "shared": "0"},
         )
     if zero:
-        return Diagnosis(f"y = 0 on {ranks_text(zero)}: nothing was computed or nothing was written there", "A6")
+        where = evidence.layout.where(zero)
+        return Diagnosis(f"y = 0 on {where}: nothing was computed or nothing was written there", "A6")
     if evidence.given.dtype is torch.float32:
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-            if all(torch.equal(output.to(dtype).double(), output) for output in evidence.outputs):
+            if all(torch.equal(rows.to(dtype).double(), rows) for rows in held):
                 return Diagnosis(
                     f"every number of the fp32 output is a {name} number: it was rounded to {name}, or shorter, on its way",
                     "P1",
@@ -137,23 +150,23 @@ def _first_extreme_stage(evidence: Evidence, row: int) -> tuple[str, str]:
     return "output", "the oracle is finite everywhere"
 
 
-def _algebra_sentence(evidence: Evidence, readings: Sequence[Reading], rows_text: str = "") -> Diagnosis:
-    """rows_text: ' in 3 of 7 tokens (0, 2, 5)' where the readings hold for those alone."""
-    given, tp = evidence.given, evidence.tp
+def _algebra_sentence(evidence: Evidence, readings: Mapping[int, Reading], rows_text: str = "") -> Diagnosis:
+    """readings: by rank.    rows_text: ' in 3 of 7 tokens (0, 2, 5)' where they hold for those alone."""
+    given, layout = evidence.given, evidence.layout
     lawful = lawful_reading(given)
-    off = [rank for rank, reading in enumerate(readings) if not is_lawful(reading, lawful)]
+    off = [rank for rank, reading in readings.items() if not is_lawful(reading, lawful)]
     if not off:
         return _unknown(evidence)
     first = readings[off[0]]
     alike = [rank for rank in off if readings[rank] == first]
     everywhere = len(alike) == len(readings)
-    causes = find_causes(first, lawful.symbols, given.spec.scale != 1.0)
-    uneven = uneven_cause(readings, lawful.symbols) if first.uneven or not causes else None
-    causes = ([] if uneven is None else [uneven]) if first.uneven or not causes else causes
+    causes = find_causes(first, lawful.symbols, given.spec.scale != 1.0, layout)
+    uneven = uneven_causes(readings, lawful.symbols, layout) if first.uneven or not causes else []
+    causes = uneven if first.uneven or not causes else causes
     s_text = f"s={given.spec.scale:g}, " if given.spec.scale != 1.0 else ""
-    where = "" if everywhere else f" on {ranks_text(alike)}"
+    where = "" if everywhere else f" on {layout.where(alike)}"
     why = "; and ".join(cause.sentence for cause in causes)
-    why = why or uneven_shares(first, lawful.symbols) or "no known cause has these factors"
+    why = why or uneven_shares(first, lawful.symbols, layout) or "no known cause has these factors"
     if formula(first) in ("0", "x"):
         why = (
             "nothing was computed or nothing was written there"
@@ -163,22 +176,30 @@ def _algebra_sentence(evidence: Evidence, readings: Sequence[Reading], rows_text
     elif causes and not uneven:
         left = unexplained(first, lawful.symbols, causes)
         why += f"; no known cause has the factor of {', '.join(LETTERS[name] for name in sorted(left))}" if left else ""
-        if any("tp" in symbol for cause in causes for symbol in cause.symbols.values()):
-            why += _same_as_tp(given, tp)
+        sizes = {
+            name for cause in causes for symbol in cause.symbols.values() for name in layout.sizes if name in symbol
+        }
+        why += _same_size(given, layout, sizes)
     even = everywhere and not first.own_only and not first.uneven and not rows_text
-    sentence = f"y = {formula(first)} instead of {formula(lawful)}{where}{rows_text} ({s_text}tp={tp}): {why}"
+    sentence = f"y = {formula(first)} instead of {formula(lawful)}{where}{rows_text} ({s_text}{layout.text}): {why}"
     return Diagnosis(sentence, causes[0].family if causes else None, "output", dict(first.symbols) if even else {})
 
 
-def _same_as_tp(given: Problem, tp: int) -> str:
-    """What else a factor of tp can be by accident."""
-    others = [name for name, value in (("2", 2), ("K", given.spec.routing.top_k)) if value == tp]
-    return f"; at tp={tp} it could also be a factor of {' or '.join(others)}, another tp tells" if others else ""
+def _same_size(given: Problem, layout: Layout, named: Collection[str]) -> str:
+    """What else a factor of a size can be by accident."""
+    if not named:
+        return ""
+    name = min(named, key=list(layout.sizes).index)
+    size = layout.sizes[name]
+    numbers = [("2", 2), ("K", given.spec.routing.top_k), *layout.sizes.items()]
+    others = [other for other, value in numbers if value == size and other != name]
+    told = f"; at {name}={size} it could also be a factor of {' or '.join(others)}, another {name} tells"
+    return told if others else ""
 
 
 def _input_cause(evidence: Evidence) -> Diagnosis | None:
     readings = _each(evidence, read_with_input)
-    if readings is None or not all(reading.is_symbolic for reading in readings):
+    if readings is None or not all(reading.is_symbolic for reading in readings.values()):
         return None
     return _algebra_sentence(evidence, readings)
 
@@ -187,15 +208,15 @@ def _some_rows_cause(evidence: Evidence, *, symbolic: bool) -> Diagnosis | None:
     """The parts' factors in the wrong rows alone, where other rows of the same ranks are right."""
     rows_RM = evidence.wrong_RM & evidence.decided_M
     off = [rank for rank, wrong_M in enumerate(evidence.wrong_RM) if bool(wrong_M.any())]
-    right_RM = ~evidence.wrong_RM & evidence.decided_M
+    right_RM = ~evidence.wrong_RM & evidence.decided_M & evidence.held_RM
     if not bool(rows_RM[off].any(1).all()) or not bool(right_RM[off].any(1).all()):
         return None
-    readings = [
-        read_whole(evidence, rank, rows_RM[rank]) if rank in off else lawful_reading(evidence.given)
+    readings = {
+        rank: read_whole(evidence, rank, rows_RM[rank]) if rank in off else lawful_reading(evidence.given)
         for rank in range(len(evidence.outputs))
-    ]
-    told = [reading for reading in readings if reading is not None]
-    if len(told) < len(readings) or (symbolic and not all(reading.is_symbolic for reading in told)):
+    }
+    told = {rank: reading for rank, reading in readings.items() if reading is not None}
+    if len(told) < len(readings) or (symbolic and not all(reading.is_symbolic for reading in told.values())):
         return None
     rows = {rank: rows_RM[rank].nonzero()[:, 0].tolist() for rank in off}
     if all(rows[rank] == rows[off[0]] for rank in off):
@@ -244,7 +265,8 @@ def _variant_cause(evidence: Evidence, recovered: Recovered | None, *, recent: b
     contenders = [fit for fit in fits if fit.left <= 2 * max(fits[0].left, 0.7)]
     sentences = list(dict.fromkeys(fit.variant.sentence for fit in contenders))
     best = fits[0]
-    where = "" if len(best.ranks) == len(evidence.outputs) else f" on {ranks_text(best.ranks)}"
+    everywhere = len(best.ranks) == int(evidence.held_RM.any(1).sum())
+    where = "" if everywhere else f" on {evidence.layout.where(best.ranks)}"
     if len(sentences) == 1:
         key = (best.variant.family, best.variant.sentence)
         if key not in _recent:
@@ -285,7 +307,7 @@ def _explained_by(evidence: Evidence, variant: Variant) -> _Fit | None:
         wrong_M = evidence.wrong_RM[rank]
         if not bool(wrong_M.any()):
             continue
-        judged_M = decided_M if bool((wrong_M & decided_M).any()) else wrong_M
+        judged_M = decided_M & evidence.held_RM[rank] if bool((wrong_M & decided_M).any()) else wrong_M
         left_M = (output - stages.output_MH).norm(dim=-1) / unit_M
         if not bool((left_M <= 2 * RESIDUAL_LIMIT)[judged_M].all()):
             return None
@@ -310,7 +332,7 @@ def _expert_cause(evidence: Evidence) -> Diagnosis | None:
     if not alone or matrix.shape[0] < 2 * matrix.shape[1]:
         return None
     naive_M = evidence.naive_M / given.spec.output.share
-    names = symbol_values(given.spec.scale, 1)  # an expert is spread over all ranks: tp is no factor of one
+    names = symbol_values(given.spec.scale, {})  # an expert is spread over all ranks: tp is no factor of one
     visits_E = given.stages.topk_ids_MK.flatten().bincount(minlength=routing.num_logits).tolist()
     told = []
     for output in evidence.outputs:
@@ -396,12 +418,12 @@ def _whereabouts(evidence: Evidence, relative: float) -> str:
     suspects = _suspects(given.stages.topk_ids_MK, wrong_M)
     if suspects:
         clues.append(f"exactly the tokens that visit expert {' or '.join(map(str, suspects))}")
-    right = [rank for rank, wrong in enumerate(wrong_RM) if not bool(wrong.any())]
+    right = [r for r, wrong in enumerate(wrong_RM) if not bool(wrong.any()) and bool(evidence.held_RM[r].any())]
     if given.dtype is torch.float32 and bool(wrong_M.all()) and 2**-12 < relative < 2**-6:
         clues.append("as little as a rounding to bf16 or fp16 somewhere would do")
     if right:
-        clues.append(f"{ranks_text(right)} right")
-    elif evidence.tp > 1:
+        clues.append(f"{evidence.layout.where(right)} right")
+    elif len(evidence.outputs) > 1:
         clues.append("all ranks alike" if evidence.ranks_agree else "the ranks differ")
     return f" ({'; '.join(clues)})" if clues else ""
 

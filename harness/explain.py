@@ -97,7 +97,7 @@ def _stages(given: Problem) -> Iterator[str]:
 def _errors(seen: Evidence) -> Iterator[str]:
     """Each shown token's error on its worst rank, in the three units in which it is judged."""
     given, outputs = seen.given, seen.outputs
-    shown, cut = min(TOKENS_SHOWN, len(outputs[0])), ways(given.spec, seen.grid)
+    shown, cut = min(TOKENS_SHOWN, len(outputs[0])), ways(given.spec, seen.layout.grid)
     if shown == 0:
         return
     miss_RmH = (torch.stack(list(outputs)) - given.stages.output_MH)[:, :shown].abs()

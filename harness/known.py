@@ -122,7 +122,14 @@ def told(entry: Known) -> str:
 
 def _values(case: Case, given: Problem) -> dict[str, float]:
     tp, s = case.grid.tp, given.spec.scale
-    return {**symbol_values(s, tp), "tp": float(tp), "s": s, "s^2": s * s, "1/s": 1 / s, "s*tp": s * tp}
+    return {
+        **symbol_values(s, {"tp": tp} if tp > 1 else {}),
+        "tp": float(tp),
+        "s": s,
+        "s^2": s * s,
+        "1/s": 1 / s,
+        "s*tp": s * tp,
+    }
 
 
 def _lawful(case: Case, given: Problem) -> dict[str, float]:

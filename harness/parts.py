@@ -7,12 +7,13 @@ rank are held in copy by all of them: a bias that each rank adds counts tp times
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from harness.layout import Layout
 from harness.problem import Problem
 from reference.moe import Choice, Stages, forward
 from reference.spec import MoESpec
@@ -69,6 +70,33 @@ def shares(given: Problem, tp: int) -> tuple[Part, ...]:
     return tuple(part for part in (*cut, *whole) if bool(part.value_MH.any()))
 
 
+@functools.lru_cache(maxsize=16)
+def rank_shares(given: Problem, layout: Layout) -> tuple[Part, ...]:
+    """The same on any grid: R by rank, its experts and its piece of them, and S by tp rank; () where no share is a rank's own.
+
+    A share that no token needs is left out, like any part that is zero everywhere.
+    """
+    grid = layout.grid
+    if grid.ep == grid.dp == 1:
+        return shares(given, grid.tp)
+    if layout.owners is None:
+        return ()
+    without_b2, cut = _Weights(given.spec, given.exact).without("b2", "fc2_latent_bias", "shared_b2"), []
+    for rank in range(grid.ranks):
+        ep_rank, piece = divmod(rank, grid.moe_tp)
+        mine = tuple(e for e, owner in enumerate(layout.owners) if owner == ep_rank)
+        only = _Weights(given.spec, without_b2).keep_columns(piece, grid.moe_tp, "w2").keep_experts(mine)
+        cut.append(Part("routed", rank, _forward(given, only.without()).routed_MH, True))
+        if given.spec.experts.bias and piece == 0:
+            biases = _Weights(given.spec, given.exact).keep_experts(mine).without("w2", "fc2_latent_bias")
+            cut.append(Part("expert bias", rank, _forward(given, biases).routed_MH, True))
+    for shard in range(grid.tp):
+        only = _Weights(given.spec, without_b2).keep_columns(shard, grid.tp, "shared_w2")
+        cut.append(Part("shared", shard, _forward(given, only.without()).shared_MH, False))
+    whole = [part for part in parts(given) if part.name not in ("routed", "shared", "expert bias")]
+    return tuple(part for part in (*cut, *whole) if bool(part.value_MH.any()))
+
+
 def layer_input(given: Problem) -> Part:
     """The hidden states themselves, no part of the law."""
     return Part("input", None, given.tokens.hidden_states.double(), False)
@@ -102,12 +130,21 @@ class _Weights:
         """Zeros for the tensors of these names, those of the vision branch included."""
         return {n: torch.zeros_like(t) if n.removeprefix("vision_") in names else t for n, t in self._stored.items()}
 
-    def keep_columns(self, rank: int, tp: int) -> _Weights:
-        """Zero in w2 and shared_w2 all columns but those that rank holds."""
+    def keep_experts(self, experts: Sequence[int]) -> _Weights:
+        """Zero in w2 and b2 all experts but these."""
+        kept = dict(self._stored)
+        for name in ("w2", "b2", "vision_w2", "vision_b2"):
+            if name in kept:
+                kept[name] = torch.zeros_like(kept[name])
+                kept[name][list(experts)] = self._stored[name][list(experts)]
+        return _Weights(self._spec, kept)
+
+    def keep_columns(self, rank: int, tp: int, *names: str) -> _Weights:
+        """Zero in w2 and shared_w2, or in those that are named, all columns but those that rank holds."""
         kept = dict(self._stored)
         for name, tensor in self._stored.items():
             bare = name.removeprefix("vision_")
-            if bare not in ("w2", "shared_w2"):
+            if bare not in (names or ("w2", "shared_w2")):
                 continue
             transposed = bare == "w2" and self._spec.experts.transposed
             dim = tensor.dim() - (2 if transposed else 1)

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from harness.algebra import RESIDUAL_LIMIT, Evidence
-from harness.parts import shares
+from harness.layout import Layout
+from harness.misplaced import placement_story
+from harness.parts import rank_shares
 from harness.problem import Problem
 from reference.moe import Choice, forward
 
@@ -51,7 +53,8 @@ def recover(evidence: Evidence) -> Recovered | None:
     rank = int(evidence.wrong_RM.any(1).nonzero()[0, 0])
     columns_EMH = _each_expert(given)
     rest_MH = given.stages.offset_H + given.stages.shared_MH
-    target_MH = (evidence.outputs[rank] / spec.output.share - rest_MH) / spec.scale
+    output_MH = evidence.assembled_MH if evidence.ranks_agree else evidence.outputs[rank]
+    target_MH = (output_MH / spec.output.share - rest_MH) / spec.scale
     matrix_MHE = columns_EMH.permute(1, 2, 0)
     weights_ME = torch.linalg.lstsq(matrix_MHE, target_MH[:, :, None], driver="gelsd").solution[:, :, 0]
     residual_M = ((matrix_MHE @ weights_ME[:, :, None])[:, :, 0] - target_MH).norm(dim=-1) * spec.scale
@@ -90,7 +93,8 @@ _WEIGHT = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 def routing_story(evidence: Evidence, recovered: Recovered) -> Story | None:
     """How the recovered weights differ from the law's, if it is simple enough for a sentence."""
     given = evidence.given
-    rows, stages = evidence.decided_M.nonzero()[:, 0], given.stages
+    held_M = evidence.held_RM.any(0) if evidence.ranks_agree else evidence.held_RM[recovered.rank]
+    rows, stages = (evidence.decided_M & held_M).nonzero()[:, 0], given.stages
     law_ME = torch.zeros_like(recovered.weights_ME).scatter(1, stages.topk_ids_MK, stages.topk_weights_MK)
     found_ME = recovered.weights_ME[rows]
     near_M1 = _WEIGHT[given.dtype] * torch.maximum(law_ME[rows], found_ME.abs()).amax(-1, keepdim=True).clamp(min=1e-30)
@@ -99,11 +103,14 @@ def routing_story(evidence: Evidence, recovered: Recovered) -> Story | None:
         return Story("H2", "topk_ids", f"tokens are routed as other tokens: {moved}")
     if bool(((law_ME[rows] - found_ME).abs() <= near_M1).all()):
         return None  # the weights are right where they can be told
+    misplaced = placement_story(law_ME[rows], found_ME, near_M1, evidence.layout)
+    if misplaced is not None:
+        return Story("F7", "routed", f"the right weights go to wrong experts: {misplaced}")
     for story in (_permuted, _renamed, _rescaled):
         told = story(law_ME[rows], found_ME, near_M1)
         if told is not None:
             return told
-    told = _lost(law_ME[rows], found_ME, near_M1, stages.topk_ids_MK[rows])
+    told = _lost(law_ME[rows], found_ME, near_M1, stages.topk_ids_MK[rows], evidence.layout)
     if told is not None:
         return told
     ordered_MK = recovered.weights_ME.gather(1, stages.topk_ids_MK)
@@ -163,7 +170,7 @@ def _renamed(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor) -> Story | None:
     return Story("F7", "topk_ids", f"the right weights go to wrong experts: {told}")
 
 
-def _lost(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor, ids_MK: Tensor) -> Story | None:
+def _lost(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor, ids_MK: Tensor, layout: Layout) -> Story | None:
     """Some of the (token, expert) pairs do not count, the others are right; or one expert counts beside the right ones."""
     visited, counted = law_ME > near_M1, found_ME.abs() > near_M1
     right = (law_ME - found_ME).abs() <= near_M1
@@ -194,7 +201,10 @@ def _lost(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor, ids_MK: Tensor) -> 
     experts = lost.any(0).nonzero()[:, 0]
     whole = bool((lost[:, experts] == visited[:, experts]).all())
     many = len(experts) > 1
-    which = f"expert{'s' if many else ''} {', '.join(map(str, experts.tolist()))}"
+    which = f"expert{'s' if many else ''} {numbers_text(experts.tolist())}"
+    used = [e for e in range(visited.shape[1]) if bool(visited[:, e].any())]
+    owners = layout.owners_of(experts.tolist(), used)
+    which += f" ({owners})" if whole and owners else ""
     told = f"{which} never count{'' if many else 's'}" if whole else f"{which} lose{'' if many else 's'} tokens"
     return Story("F7" if whole else "G9", "routed", f"{pairs}: {told}")
 
@@ -224,12 +234,12 @@ def rows_story(evidence: Evidence) -> Story | None:
     """Rows or columns that are right in another place, in the whole output or in R or S alone; all ranks alike."""
     given = evidence.given
     stages, spec = given.stages, given.spec
-    rows = (evidence.decided_M).nonzero()[:, 0]
+    rows = (evidence.decided_M & evidence.held_RM.any(0)).nonzero()[:, 0]
     if len(rows) < 2 or not evidence.ranks_agree:
         return None
     naive_M = evidence.naive_M
     limit_M = RESIDUAL_LIMIT / 2 * (naive_M + naive_M.mean())
-    output_MH = evidence.outputs[0]
+    output_MH = evidence.assembled_MH
     alone = (
         ("the output", stages.output_MH),
         ("R", spec.output.share * spec.scale * stages.routed_MH),
@@ -240,15 +250,29 @@ def rows_story(evidence: Evidence) -> Story | None:
             continue
         source_M = _sources((output_MH - (stages.output_MH - part_MH))[rows], part_MH, limit_M[rows])
         moved = describe_moves(source_M, "gets the row of", rows)
-        if moved is not None:
-            return Story("H2", "output", f"rows of {name} stand at the wrong tokens: {moved}")
+        if moved is not None and source_M is not None:
+            ranks = _exchanged(rows, source_M, evidence)
+            family = "H2" if ranks is None else "B12"
+            return Story(family, "output", f"rows of {name} stand at the wrong tokens{ranks or ''}: {moved}")
     return _columns_story(evidence, rows, limit_M) or _unsummed_story(evidence, rows, limit_M)
+
+
+def _exchanged(rows: Tensor, source_M: Tensor, evidence: Evidence) -> str | None:
+    """', those of another dp rank' if every row that moved came from one: gather and scatter do not mirror each other."""
+    if evidence.layout.grid.dp == 1 and evidence.layout.grid.sp == 1:
+        return None
+    rank_of = evidence.held_RM.int().argmax(0)
+    moved = source_M != rows
+    if not bool((rank_of[rows[moved]] != rank_of[source_M[moved]]).all()):
+        return None
+    other = "dp" if evidence.layout.grid.sp == 1 else "tp"
+    return f", those of another {other} rank, so gather and scatter do not mirror each other"
 
 
 def _columns_story(evidence: Evidence, rows: Tensor, limit_M: Tensor) -> Story | None:
     """Columns of the output that are another column of the law's, 0 or twice it."""
     law_HM = evidence.given.stages.output_MH[rows].T
-    found_HM = evidence.outputs[0][rows].T
+    found_HM = evidence.assembled_MH[rows].T
     limit_H = (limit_M[rows].norm() / len(law_HM) ** 0.5).expand(len(law_HM))
     all_columns = torch.arange(len(law_HM))
     if len(rows) < 4:
@@ -267,14 +291,15 @@ def _columns_story(evidence: Evidence, rows: Tensor, limit_M: Tensor) -> Story |
 
 def _unsummed_story(evidence: Evidence, rows: Tensor, limit_M: Tensor) -> Story | None:
     """Blocks of rows, or of columns, each of which is one rank's partial sum: gathered where they were to be summed."""
-    given, tp = evidence.given, evidence.tp
-    held = shares(given, tp) if tp > 1 else ()
-    if not held or any(part.shard is None for part in held):
+    given, layout = evidence.given, evidence.layout
+    held = rank_shares(given, layout)
+    if not any(part.shard for part in held) or any(part.shard is None for part in held):
         return None
-    partial_RMH = torch.zeros(tp, *evidence.outputs[0].shape, dtype=torch.float64)
+    partial_RMH = torch.zeros(layout.grid.ranks, *evidence.outputs[0].shape, dtype=torch.float64)
     for part in held:
-        partial_RMH[part.shard] += given.spec.output.share * (given.spec.scale if part.scaled else 1.0) * part.value_MH
-    miss_RMH = (evidence.outputs[0] - partial_RMH)[:, rows]
+        mine = [rank for rank in range(layout.grid.ranks) if layout.own(part.name, rank) == part.shard]
+        partial_RMH[mine] += given.spec.output.share * (given.spec.scale if part.scaled else 1.0) * part.value_MH
+    miss_RMH = (evidence.assembled_MH - partial_RMH)[:, rows]
     by_row = (miss_RMH.norm(dim=-1) <= limit_M[rows]).double()
     by_column = (miss_RMH.norm(dim=1) <= limit_M[rows].norm() / miss_RMH.shape[-1] ** 0.5).double()
     for what, fits in (("rows", by_row), ("columns", by_column)):

@@ -105,6 +105,11 @@ class FusedMoE:
         self._dtype = weights["router_weight"].dtype
 
     @property
+    def placement(self) -> Placement | None:
+        """Which rank holds which expert now; None where each has a piece of all."""
+        return self.runner.placement
+
+    @property
     def plan(self) -> OutputPlan:
         """The plan of a call made now; another kernel gives another plan."""
         return self.runner.plan(self._dtype, self._latent)

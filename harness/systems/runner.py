@@ -134,6 +134,16 @@ class Block:
         return self._layer.plan
 
     @property
+    def owners(self) -> tuple[int, ...] | None:
+        """The ep rank of each expert, None where some have several."""
+        placement = self._layer.placement
+        if placement is None:
+            return (0,) * self._case.spec.routing.num_experts
+        if len(placement.held) > placement.num_experts:
+            return None
+        return tuple(placement.owners[placement.held.index(e)] for e in range(placement.num_experts))
+
+    @property
     def output_unit(self) -> float:
         return self._layer.output_unit
 
@@ -198,7 +208,7 @@ class TwoBranches:
         self._text = FusedMoE(replace(spec, vision=None), settings, weights, comm)
         self._vision = FusedMoE(vision, settings, own, comm)
         self._vision.runner.shared_experts = self._text.runner.shared_experts
-        self.plan = self._text.plan
+        self.plan, self.placement = self._text.plan, self._text.placement
         self.collectives = [*self._text.plan.collectives_of(1), *self._vision.plan.collectives_of(1)]
         self.output_unit = self.plan.output_unit
 

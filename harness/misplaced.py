@@ -1,0 +1,85 @@
+"""Experts on the wrong rank or in the wrong slot: what a router's weights, read off the output, say of the placement.
+
+A token's weights go to the rank that is thought to hold its experts, and there to a slot. If map and weights disagree,
+expert f computes what was meant for others, in a way that the layout tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from harness.layout import Layout
+
+
+def placement_story(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor, layout: Layout) -> str | None:
+    """The one disagreement of map and weights that explains all weights; None if there is none, or no expert parallelism."""
+    if layout.owners is None or layout.grid.ep == 1 or law_ME.shape[1] != len(layout.owners):
+        return None
+    for sentence, serves_EE in _disagreements(layout):
+        if bool(((law_ME @ serves_EE - found_ME).abs() <= near_M1).all()):
+            return sentence
+    return None
+
+
+def _disagreements(layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """A sentence, and which expert f computes what is meant for expert e: 1 at [e, f]."""
+    owners = layout.owners
+    assert owners is not None  # placement_story asks
+    experts, ep = len(owners), layout.grid.ep
+    slots: list[list[int]] = [[] for _ in range(ep)]
+    for e, owner in enumerate(owners):
+        slots[owner].append(e)
+    local = [slots[owner].index(e) for e, owner in enumerate(owners)]
+    starts = [held[0] if held else experts for held in slots]
+    dealt = [[e for e in range(experts) if e % ep == rank] for rank in range(ep)]
+    even = _linear(experts, ep)
+
+    def serves(pairs: Iterator[tuple[int, int]] | list[tuple[int, int]]) -> Tensor:
+        matrix = torch.zeros(experts, experts, dtype=torch.float64)
+        for e, f in pairs:
+            matrix[e, f] = 1.0
+        return matrix
+
+    yield (
+        "each rank takes global expert ids for its local ones: right on the first ep rank alone",
+        serves([(local[f], f) for f in range(experts)]),
+    )
+    yield (
+        "the offset of a rank's first expert is subtracted twice: right on the first ep rank alone",
+        serves([(f + starts[owners[f]], f) for f in range(experts) if f + starts[owners[f]] < experts]),
+    )
+    yield (
+        "every ep rank holds the experts of the first one: the others' weights are never used",
+        serves([(e, slots[0][local[e]]) for e in range(experts) if local[e] < len(slots[0])]),
+    )
+    for there, placed, other in (("linearly", even, dealt), ("round-robin", dealt, even)):
+        meant = {e: (r, at) for r, held in enumerate(placed) for at, e in enumerate(held)}
+        pairs = [(e, other[r][at]) for e, (r, at) in meant.items() if at < len(other[r])]
+        loaded = "round-robin" if there == "linearly" else "linearly"
+        yield f"experts are mapped {there}, but their weights are loaded {loaded}", serves(pairs)
+    for step in (1, -1):
+        for which, ranks in (("every ep rank", range(ep)), ("every ep rank but the first", range(1, ep))):
+            moved = [
+                (e, slots[owner][(local[e] + step) % len(slots[owner])] if owner in ranks else e)
+                for e, owner in enumerate(owners)
+            ]
+            cut = [(e, f) for e, f in moved if owners[e] not in ranks or 0 <= local[e] + step < len(slots[owners[e]])]
+            yield f"local expert ids are off by {step:+d} on {which}", serves(moved)
+            yield f"local expert ids are off by {step:+d} on {which}, and the last one gets lost", serves(cut)
+    for step in (1, -1):
+        beside = [(e, f) for e, owner in enumerate(owners) for f in _at(slots, (owner + step) % ep, local[e])]
+        side = "after" if step == 1 else "before"
+        yield f"tokens go to the ep rank {side} the one that holds their expert, to the same slot", serves(beside)
+
+
+def _at(slots: list[list[int]], rank: int, slot: int) -> list[int]:
+    return slots[rank][slot : slot + 1]
+
+
+def _linear(experts: int, ep: int) -> list[list[int]]:
+    base, rest = divmod(experts, ep)
+    starts = [rank * base + min(rank, rest) for rank in range(ep + 1)]
+    return [list(range(starts[rank], starts[rank + 1])) for rank in range(ep)]
