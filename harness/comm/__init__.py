@@ -21,8 +21,8 @@ _ARGUMENT = {"all_gather": "dim", "reduce_scatter": "dim", "broadcast": "source"
 class Call(NamedTuple):
     """One rank's part in a collective; a tuple, because a case makes many and frozen dataclasses cost three times that.
 
-    argument: dim of all_gather and reduce_scatter, source of broadcast, else 0.    sizes: the unequal shares of a
-    reduce_scatter, () for equal ones.    number counts the calls of this rank on this group from 0.
+    argument: dim of all_gather and reduce_scatter, source of broadcast, else 0.    sizes: the rows for each rank of an
+    all_to_all_single; the unequal shares of a reduce_scatter, () for equal ones.    number counts the calls of this rank on this group from 0.
     """
 
     rank: int
@@ -90,6 +90,14 @@ class Group:
         """Sends tensors[i] to rank i of the group, returns what each rank sent here, in rank order; any shapes."""
         return list(self._collect("all_to_all", tuple(tensors), 0))
 
+    def all_to_all_single(self, tensor: Tensor, sizes: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Sends the first sizes[0] rows to rank 0 of the group, the next sizes[1] to rank 1 and so on.
+
+        Returns the rows that came here, in rank order, and how many came from each rank.
+        """
+        rows, counts = self._collect("all_to_all_single", (tensor,), 0, tuple(sizes))
+        return rows, counts.tolist()
+
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """The tensor of the group's rank `source` on every rank; the others give one of its shape and dtype."""
         return self._collect("broadcast", (tensor,), source)[0]
@@ -126,6 +134,9 @@ class Communicator:
 
     def all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return self.tp.all_to_all(tensors)
+
+    def all_to_all_single(self, tensor: Tensor, sizes: Sequence[int]) -> tuple[Tensor, list[int]]:
+        return self.tp.all_to_all_single(tensor, sizes)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         return self.tp.broadcast(tensor, source)

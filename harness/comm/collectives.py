@@ -29,6 +29,12 @@ def resolve(calls: Sequence[Call]) -> Results:
     if problem := _not_tensors(first) or rule.problem(first):
         everybody = ranks_text(first.group.ranks)
         raise UsageError(f"collective {first.number} of group {first.group.name}: {everybody}: {first}: {problem}")
+    if first.op == "all_to_all_single":
+        for call in calls[1:]:
+            if problem := rule.problem(call):
+                raise UsageError(
+                    f"collective {call.number} of group {call.group.name}: rank {call.rank}: {call}: {problem}"
+                )
     if torch.is_grad_enabled():
         with torch.no_grad():
             return rule.compute(calls)
@@ -58,6 +64,10 @@ def _dtype_shape_argument(call: Call) -> Hashable:
 def _dtype_and_shape_beside_dim(call: Call) -> Hashable:
     tensor, dim = call.tensors[0], _dim(call)
     return tensor.dtype, tensor.shape[:dim], tensor.shape[dim + 1 :], dim
+
+
+def _dtype_and_row_shape(call: Call) -> Hashable:
+    return call.tensors[0].dtype, call.tensors[0].shape[1:]
 
 
 def _dtype_shape_dim(call: Call) -> Hashable:
@@ -105,6 +115,13 @@ def _not_one_each(call: Call) -> str | None:
     return None if len(call.tensors) == size else f"expected {size} tensors, one for each rank; got {len(call.tensors)}"
 
 
+def _no_row_sizes(call: Call) -> str | None:
+    """Checked for every rank: each has sizes of its own."""
+    rows, size = call.tensors[0].shape[0] if call.tensors[0].dim() else 0, call.group.size
+    right = len(call.sizes) == size and min(call.sizes) >= 0 and sum(call.sizes) == rows
+    return None if right else f"expected {size} sizes of 0 or more that add up to its {rows} rows"
+
+
 def _all_reduce(calls: Sequence[Call]) -> Results:
     total = _sum(calls)
     return [(total,), *((total.clone(),) for _ in calls[1:])]
@@ -123,6 +140,12 @@ def _reduce_scatter(calls: Sequence[Call]) -> Results:
 
 def _all_to_all(calls: Sequence[Call]) -> Results:
     return [tuple(sender.tensors[receiver].clone() for sender in calls) for receiver in range(len(calls))]
+
+
+def _all_to_all_single(calls: Sequence[Call]) -> Results:
+    parts = [call.tensors[0].split(call.sizes) for call in calls]
+    counts = torch.tensor([call.sizes for call in calls])
+    return [(torch.cat([sent[place] for sent in parts]), counts[:, place]) for place in range(len(calls))]
 
 
 def _broadcast(calls: Sequence[Call]) -> Results:
@@ -154,5 +177,6 @@ RULES = {
     "all_gather": Rule(_dtype_and_shape_beside_dim, _dim_missing, _all_gather),
     "reduce_scatter": Rule(_dtype_shape_dim, _no_shares, _reduce_scatter),
     "all_to_all": Rule(_dtypes, _not_one_each, _all_to_all),
+    "all_to_all_single": Rule(_dtype_and_row_shape, _no_row_sizes, _all_to_all_single),
     "broadcast": Rule(_dtype_shape_argument, _source_missing, _broadcast),
 }

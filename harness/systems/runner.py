@@ -15,7 +15,7 @@ from harness.runner.block import in_sequence_parallel, with_junk_rows
 from harness.runner.layer import FusedMoE, Kernel, LayerSettings, check_settings
 from harness.runner.parallel import FusedMoEParallelConfig
 from harness.runner.placement import Placement, linear, physical, replicated, round_robin
-from harness.runner.plan import Reduced
+from harness.runner.plan import OutputPlan, Reduced
 from harness.systems import Layer
 from reference.spec import MoESpec, RouterPrecision
 
@@ -128,10 +128,12 @@ class Block:
 
     def __init__(self, case: Case, layer: FusedMoE | TwoBranches, comm: Communicator) -> None:
         self._case, self._layer, self._comm = case, layer, comm
+        self._plan: OutputPlan | None = None
 
     @property
-    def plan(self) -> object:
-        return self._layer.plan
+    def plan(self) -> OutputPlan:
+        """Of the last call, or of one made now if there was none."""
+        return self._plan or self._layer.plan
 
     @property
     def owners(self) -> tuple[int, ...] | None:
@@ -145,7 +147,7 @@ class Block:
 
     @property
     def output_unit(self) -> float:
-        return self._layer.output_unit
+        return self.plan.output_unit
 
     @property
     def announced(self) -> list[tuple[str, str]]:
@@ -170,8 +172,9 @@ class Block:
         case, comm = self._case, self._comm
         layer: Any = self._layer
         rows, junk, batches = x_MH.shape[0], int(case.junk), int(case.batches)
+        plan = self._plan = layer.plan
         if isinstance(layer, FusedMoE):
-            self._announced += layer.plan.collectives_of(batches)
+            self._announced += plan.collectives_of(batches)
         else:
             self._announced += layer.collectives
         if case.grid.sp > 1:
@@ -184,7 +187,7 @@ class Block:
             y_MH = layer(with_junk_rows(x_MH, junk), num_tokens=rows, **text)[:rows]
         else:
             y_MH = layer(x_MH, **inputs)
-        if layer.plan.routed_reduced is Reduced.BY_CALLER:
+        if plan.routed_reduced is Reduced.BY_CALLER:
             self._announced.append(("all_reduce", "tp"))
             y_MH = comm.tp.all_reduce(y_MH)
         return y_MH

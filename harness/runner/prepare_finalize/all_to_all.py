@@ -31,8 +31,8 @@ class _AllToAll:
     """What the four have in common: who owns what, the exchange, the way home."""
 
     format: Literal["standard", "batched"] = "standard"
-    dispatch: tuple[Announced, ...] = (("all_to_all", "ep"),) * 3
-    combine: tuple[Announced, ...] = (("all_to_all", "ep"),)
+    dispatch: tuple[Announced, ...] = (("all_to_all_single", "ep"),) * 3
+    combine: tuple[Announced, ...] = (("all_to_all_single", "ep"),)
     output_is_reduced = True
     topk_indices_dtype = torch.int64
     supports_async = True
@@ -45,8 +45,8 @@ class _AllToAll:
 
     def _exchange(self, rows: Tensor, counts: Sequence[int]) -> Exchange:
         """rows: those for rank 0, then those for rank 1, and so on."""
-        received = self._group.all_to_all(rows.split(list(counts)))
-        return [len(part) for part in received], torch.cat(received)
+        received, from_each = self._group.all_to_all_single(rows, counts)
+        return from_each, received
 
     def _routes(self, ids_MK: Tensor) -> tuple[list[int], Tensor, Tensor]:
         """Each row once for each rank that owns one of its experts: counts by rank, row and rank of each pair [D]."""
@@ -88,7 +88,7 @@ class DeepEPLLPrepareAndFinalize(_AllToAll):
     """Low latency: a row goes once for each of its slots, sorted by expert; the combine at home weighs and adds."""
 
     format: Literal["standard", "batched"] = "batched"
-    dispatch: tuple[Announced, ...] = (("all_to_all", "ep"),) * 2
+    dispatch: tuple[Announced, ...] = (("all_to_all_single", "ep"),) * 2
 
     def prepare(self, x_MP: Tensor, weights_MK: Tensor, ids_MK: Tensor) -> Prepared:
         owner_MK = self._owner_E[ids_MK]
@@ -120,7 +120,7 @@ class DeepEPLLPrepareAndFinalize(_AllToAll):
 class NVLinkTwoSidedPrepareAndFinalize(_AllToAll):
     """Ids and weights of all ranks are gathered first; then each knows what will come, and rows travel once a rank."""
 
-    dispatch: tuple[Announced, ...] = (*(("all_gather", "ep"),) * 3, ("all_to_all", "ep"))
+    dispatch: tuple[Announced, ...] = (*(("all_gather", "ep"),) * 3, ("all_to_all_single", "ep"))
     topk_indices_dtype = torch.int32
     supports_async = False
 
@@ -141,7 +141,7 @@ class NVLinkTwoSidedPrepareAndFinalize(_AllToAll):
 class NVLinkOneSidedPrepareAndFinalize(_AllToAll):
     """Each rank writes into a window of fixed size on the other: rows beyond those written are junk, with the id -1."""
 
-    dispatch: tuple[Announced, ...] = (("all_gather", "ep"), *(("all_to_all", "ep"),) * 3)
+    dispatch: tuple[Announced, ...] = (("all_gather", "ep"), *(("all_to_all_single", "ep"),) * 3)
     topk_indices_dtype = torch.int32
     supports_async = False
 
