@@ -1,0 +1,1241 @@
+"""Wrong layers on grids: one right layer of an outsider, and each fault as a few of its methods replaced.
+
+    moe-harness check --system tests/bite/grid_faults.py:nothing_reduced --model deepseek_v3 --tp 2
+    python -m tests.bite.grid_faults [NAME ...]        what the harness says to each of them, as a table
+
+`Layer` shares no code with the runner. FAULTS says of each fault what is wrong, on which grids it has to show, on which
+it changes nothing, and what a diagnosis has to contain. M tokens, m of them on this rank, H hidden, K top-k.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# ---- the right layer
+
+
+class Layer:
+    """One rank's layer, right on every grid that `legal` allows. Its small methods are what faults replace.
+
+    exchange: how tokens meet their experts. "gather": all tokens of the dp group on every rank, sums scattered back.
+    "send": each row to the ep ranks that hold one of its experts, and back. "rows": as send, but the tp ranks take
+    different rows through the whole layer and gather them in the end.
+    """
+
+    exchange = "gather"
+
+    def __init__(self, spec: Any, weights: Mapping[str, Tensor], comm: Any) -> None:
+        self.spec, self.weights, self.comm = spec, weights, comm
+        self.tp, self.ep, self.dp, self.rank = comm.tp, comm.ep, comm.dp, comm.rank
+        self.pieces = comm.world_size // comm.ep.size
+        self.piece = comm.rank % self.pieces
+        self.bias_counts = self.piece == 0
+        self.shared_cut = (self.tp.rank, self.tp.size) if self.exchange != "rows" else (0, 1)
+        self.held = self.place()
+        self.number()
+        self.load()
+
+    # -- loading
+
+    def place(self) -> list[list[int]]:
+        """The experts of each ep rank; by default neighbours together, and the first ranks hold one more."""
+        return [part.tolist() for part in torch.arange(self.spec.routing.num_experts).tensor_split(self.ep.size)]
+
+    def number(self) -> None:
+        """Slots are numbered through all ranks. slot, twin: of an expert, two slots where it has two.
+
+        owner: of a slot.    local: a slot's place on this rank, -1 elsewhere; the last entry serves the id -1.
+        """
+        flat = [(rank, expert) for rank, experts in enumerate(self.held) for expert in experts]
+        slots: dict[int, list[int]] = {}
+        for number, (_, expert) in enumerate(flat):
+            slots.setdefault(expert, []).append(number)
+        self.slot, self.twin = (torch.tensor([slots[e][at] for e in sorted(slots)]) for at in (0, -1))
+        self.owner = torch.tensor([rank for rank, _ in flat])
+        mine = [number for number, (rank, _) in enumerate(flat) if rank == self.ep.rank]
+        self.local = torch.full((len(flat) + 1,), -1)
+        self.local[mine] = torch.arange(len(mine))
+
+    def load(self) -> None:
+        self.cut(self.held[self.ep.rank], self.piece, self.pieces)
+
+    def cut(self, experts: list[int], piece: int, pieces: int) -> None:
+        """This rank's piece of these experts: gate, up [e, i, H], down [e, H, i], and their biases or None."""
+        rules, weights = self.spec.experts, self.weights
+        at = torch.tensor(experts, dtype=torch.long)
+        w13, w2 = (weights[name][at].mT if rules.transposed else weights[name][at] for name in ("w13", "w2"))
+
+        def halves(t: Tensor) -> list[Tensor]:
+            both = (t[:, 0::2], t[:, 1::2]) if rules.layout == "interleaved" else t.chunk(2, 1)
+            return [half.chunk(pieces, 1)[piece] for half in both]
+
+        self.gate, self.up = halves(w13)
+        self.down = w2.chunk(pieces, 2)[piece]
+        self.gate_b, self.up_b = halves(weights["b13"][at]) if rules.bias else (None, None)
+        self.down_b = weights["b2"][at] if rules.bias else None
+
+    # -- the call
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[m, H] -> [m, H]."""
+        if self.exchange == "rows":
+            return self.forward_rows(x)
+        return self.finish(self.routed(x), self.shared(x))
+
+    def routed(self, x: Tensor) -> Tensor:
+        """R of the own tokens, [m, H]: to be summed over tp."""
+        if self.exchange == "gather":
+            return self.by_gather(x, *self.route(x))
+        mine = self.sent_rows(len(x))
+        y = torch.zeros_like(x)
+        y[mine] = self.by_sending(x[mine], *self.route(x[mine]))
+        return y
+
+    def finish(self, routed: Tensor, shared: Tensor | None) -> Tensor:
+        return self.total(routed if shared is None else routed + shared)
+
+    def total(self, y: Tensor) -> Tensor:
+        return self.tp.all_reduce(y)
+
+    def forward_rows(self, x: Tensor) -> Tensor:
+        mine, real = self.own_rows(x)
+        w, ids = self.route(mine)
+        y = self.by_sending(mine, *self.masked(w, ids, real))
+        shared = self.shared(mine)
+        return self.joined(y if shared is None else y + shared, len(x))
+
+    def own_rows(self, x: Tensor) -> tuple[Tensor, int]:
+        """ceil(m / tp) rows, those beyond m zero; and how many are real."""
+        share = -(-len(x) // self.tp.size)
+        rows = F.pad(x, (0, 0, 0, share * self.tp.size - len(x))).split(share)[self.tp.rank] if share else x
+        return rows, min(max(len(x) - self.tp.rank * share, 0), share)
+
+    def masked(self, w: Tensor, ids: Tensor, real: int) -> tuple[Tensor, Tensor]:
+        w, ids = w.clone(), ids.clone()
+        w[real:], ids[real:] = 0.0, -1
+        return w, ids
+
+    def joined(self, y: Tensor, m: int) -> Tensor:
+        return self.tp.all_gather(y)[:m]
+
+    # -- exchange
+
+    def by_gather(self, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+        everyone = [self.gathered(t) for t in (x, w, ids)]
+        return self.scattered(self.experts(*everyone), self.sizes(x))
+
+    def gathered(self, t: Tensor) -> Tensor:
+        return self.dp.all_gather(t)
+
+    def sizes(self, x: Tensor) -> list[int]:
+        return self.dp.all_gather(torch.tensor([len(x)])).tolist()
+
+    def scattered(self, partial: Tensor, sizes: list[int]) -> Tensor:
+        return self.dp.reduce_scatter(partial, sizes=sizes)
+
+    def sent_rows(self, m: int) -> Tensor:
+        """The own tokens that this tp rank sends; ranks with other pieces send the same ones."""
+        return torch.arange(m).tensor_split(self.tp.size // self.pieces)[self.tp.rank // self.pieces]
+
+    def by_sending(self, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+        table = self.table(ids)
+        sent = [[t[rows] for rows in table] for t in (x, w, ids)]
+        came = zip(*(self.group.all_to_all(parts) for parts in sent), strict=True)
+        back = self.group.all_to_all(self.answers([self.experts(*parts) for parts in came]))
+        return self.combined(torch.zeros_like(x), table, back)
+
+    @property
+    def group(self) -> Any:
+        return self.ep
+
+    def table(self, ids: Tensor) -> list[Tensor]:
+        """For each ep rank the rows that have an expert there."""
+        owner = torch.cat([self.owner, self.owner.new_tensor([-1])])[ids]
+        return [(owner == rank).any(1).nonzero()[:, 0] for rank in range(self.ep.size)]
+
+    def answers(self, answers: list[Tensor]) -> list[Tensor]:
+        return answers
+
+    def combined(self, y: Tensor, table: list[Tensor], back: list[Tensor]) -> Tensor:
+        for rows, part in zip(table, back, strict=True):
+            y.index_add_(0, rows, part)
+        return y
+
+    # -- experts
+
+    def experts(self, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+        """What this rank's experts add for these tokens."""
+        y = torch.zeros_like(x, dtype=torch.float32)
+        local = self.locally(ids)
+        for e in range(len(self.down)):
+            rows, slot = (local == e).nonzero(as_tuple=True)
+            if len(rows):
+                rows, slot = self.served(rows, slot)
+                y.index_add_(0, rows, (self.expert(e, x[rows]) * w[rows, slot, None]).float())
+        return y.to(x.dtype)
+
+    def locally(self, ids: Tensor) -> Tensor:
+        return self.local[ids]
+
+    def served(self, rows: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+        return rows, slot
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        gate = F.linear(x, self.gate[e], None if self.gate_b is None else self.gate_b[e])
+        up = F.linear(x, self.up[e], None if self.up_b is None else self.up_b[e])
+        y = F.linear(self.activated(gate, up), self.down[e])
+        return y + self.down_b[e] if self.down_b is not None and self.bias_counts else y
+
+    def activated(self, gate: Tensor, up: Tensor) -> Tensor:
+        rule = self.spec.experts.activation
+        if rule.clamp == "before":
+            gate, up = gate.clamp(max=rule.limit), up.clamp(-rule.limit, rule.limit)
+        return gate * torch.sigmoid(gate * rule.alpha) * (up + rule.up_offset)
+
+    def shared(self, x: Tensor) -> Tensor | None:
+        """S of these tokens, this rank's piece."""
+        if self.spec.shared is None:
+            return None
+        place, pieces = self.shared_cut
+        gate, up = (half.chunk(pieces)[place] for half in self.weights["shared_w13"].chunk(2))
+        down = self.weights["shared_w2"].chunk(pieces, 1)[place]
+        y = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+        return y * torch.sigmoid(F.linear(x, self.weights["shared_gate"])) if self.spec.shared.sigmoid_gate else y
+
+    # -- router
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights times s, and slots: [m, K] each."""
+        w, ids = self.choose(x)
+        odd = (torch.arange(len(x)) % 2 == 1)[:, None]
+        return w * self.spec.scale, torch.where(odd, self.twin[ids], self.slot[ids])
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rules, at = self.spec.routing, {"fp32": torch.float32, "model": x.dtype}
+        bias = self.weights["router_bias"].to(at[rules.precision.logits]) if rules.router_bias else None
+        kind = at[rules.precision.logits]
+        logits = F.linear(x.to(kind), self.weights["router_weight"].to(kind), bias).to(at[rules.precision.scores])
+        score = torch.sigmoid if rules.scoring_func == "sigmoid" else functools.partial(torch.softmax, dim=-1)
+        if rules.score_after_topk:
+            best, ids = logits.topk(rules.top_k)
+            w = score(best)
+        else:
+            scores = score(logits)
+            ranked = scores + self.weights["e_score_correction_bias"] if rules.correction_bias else scores
+            if rules.n_group > 1:
+                groups = ranked.unflatten(1, (rules.n_group, -1))
+                worth = groups.topk(2).values.sum(-1) if rules.group_score == "top2" else groups.amax(-1)
+                kept = torch.zeros_like(worth, dtype=torch.bool).scatter(1, worth.topk(rules.topk_group).indices, True)
+                ranked = groups.masked_fill(~kept[..., None], rules.group_fill).flatten(1)
+            ids = ranked.topk(rules.top_k).indices
+            w = scores.gather(1, ids)
+        w = w.to(at[rules.precision.weights])
+        if rules.renormalize:
+            w = w / (w.sum(1, keepdim=True) + rules.renormalize_epsilon)
+        return w.float(), ids
+
+
+class Sending(Layer):
+    exchange = "send"
+
+
+class Rows(Layer):
+    exchange = "rows"
+
+
+class Doubled(Layer):
+    """Each ep rank has one more slot, for a second copy of the next rank's first expert; odd rows visit the copy."""
+
+    def place(self) -> list[list[int]]:
+        held = super().place()
+        if len(held) == 1:
+            return held
+        return [[*experts, held[(rank + 1) % len(held)][0]] for rank, experts in enumerate(held)]
+
+
+class DoubledSending(Doubled):
+    exchange = "send"
+
+
+RIGHT: dict[str, type[Layer]] = {
+    "gather": Layer, "send": Sending, "rows": Rows, "doubled": Doubled, "doubled_send": DoubledSending,
+}  # fmt: skip
+
+
+def legal(name: str, grid: Any) -> bool:
+    """Whether that right layer exists on a grid."""
+    if name in ("rows",):
+        return bool(grid.moe_tp == 1)
+    return "send" not in name or grid.tp % grid.moe_tp == 0
+
+
+def supports(case: Any) -> str | None:
+    spec = case.spec
+    if spec.vision is not None or spec.experts.latent_size is not None or not spec.experts.activation.gated:
+        return "this layer knows neither vision branches, latent experts nor activations without a gate"
+    return None
+
+
+# ---- the faults
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """family: those that a diagnosis may name, the first is meant.    says: what is wrong.
+
+    shows: grids on which the harness has to object; lawful: on which nothing changes; 33 tokens unless the grid says.
+    words: all of them in a diagnosis that has found the cause.    on: the right layer that is changed, and `how`.
+    """
+
+    family: str
+    says: str
+    words: tuple[str, ...]
+    shows: str
+    lawful: str = ""
+    model: str = "deepseek_v3"
+    on: str = "gather"
+    how: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def build(self, spec: Any, weights: Mapping[str, Tensor], comm: Any) -> Callable[[Tensor], Tensor]:
+        return type("Wrong", (RIGHT[self.on],), dict(self.how))(spec, weights, comm)
+
+
+def _last_rank(layer: Layer) -> bool:
+    return bool(layer.rank == layer.comm.world_size - 1)
+
+
+# -- reduce
+
+
+def _reduced_over_ep_first(layer: Layer, partial: Tensor, sizes: list[int]) -> Tensor:
+    return Layer.scattered(layer, layer.ep.all_reduce(partial), sizes)
+
+
+def _all_reduced_before_the_scatter(layer: Layer, partial: Tensor, sizes: list[int]) -> Tensor:
+    return Layer.scattered(layer, layer.dp.all_reduce(partial), sizes)
+
+
+def _own_block(layer: Layer, partial: Tensor, sizes: list[int]) -> Tensor:
+    return partial.split(sizes)[layer.dp.rank]
+
+
+def _shared_self_reduces(layer: Layer, x: Tensor) -> Tensor | None:
+    s = Layer.shared(layer, x)
+    return None if s is None else layer.tp.all_reduce(s)
+
+
+def _shared_whole(layer: Layer) -> None:
+    Layer.load(layer)
+    layer.shared_cut = (0, 1)
+
+
+def _shared_cut_over_all_ranks(layer: Layer) -> None:
+    Layer.load(layer)
+    layer.shared_cut = (layer.rank, layer.comm.world_size)
+
+
+def _shared_with_the_gathered(layer: Layer, x: Tensor) -> Tensor:
+    """S of all tokens of the dp group joins R before it is scattered."""
+    everyone = [layer.gathered(t) for t in (x, *layer.route(x))]
+    partial = layer.experts(*everyone) + Layer.shared(layer, everyone[0])
+    return layer.tp.all_reduce(layer.scattered(partial, layer.sizes(x)))
+
+
+def _summed_over_ep_where_there_is(layer: Layer, y: Tensor) -> Tensor:
+    return layer.ep.all_reduce(y) if layer.ep.size > 1 else layer.tp.all_reduce(y)
+
+
+def _summed_over_pieces_where_there_are(layer: Layer, y: Tensor) -> Tensor:
+    if not 1 < layer.pieces < layer.tp.size:
+        return layer.tp.all_reduce(y)
+    first = layer.tp.rank // layer.pieces * layer.pieces
+    return layer.tp.all_gather(y[None])[first : first + layer.pieces].sum(0)
+
+
+def _only_the_routed_over_ep(layer: Layer, routed: Tensor, shared: Tensor | None) -> Tensor:
+    group = layer.ep if layer.ep.size > 1 else layer.tp
+    routed = group.all_reduce(routed)
+    return routed if shared is None else routed + layer.tp.all_reduce(shared)
+
+
+def _not_summed_over_tp_with_dp(layer: Layer, y: Tensor) -> Tensor:
+    return y if layer.dp.size > 1 else layer.tp.all_reduce(y)
+
+
+def _without_the_last(layer: Layer, y: Tensor) -> Tensor:
+    return layer.tp.all_gather(y[None])[: max(layer.tp.size - 1, 1)].sum(0)
+
+
+def _row_blocks(layer: Layer, y: Tensor) -> Tensor:
+    return layer.tp.all_gather(y.tensor_split(layer.tp.size)[layer.tp.rank])
+
+
+def _half_the_columns(layer: Layer, y: Tensor) -> Tensor:
+    left, right = y.chunk(2, 1)
+    return torch.cat([layer.tp.all_reduce(left), right], 1)
+
+
+# -- biases
+
+
+def _bias_everywhere(layer: Layer) -> None:
+    Layer.load(layer)
+    layer.bias_counts = True
+
+
+def _foreign_bias_too(layer: Layer, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+    """The biases of experts that other ranks hold are added here as well."""
+    y = Layer.experts(layer, x, w, ids)
+    if not layer.bias_counts:
+        return y
+    w = w * (layer.locally(ids) < 0)
+    return y + torch.einsum("mk,mkh->mh", w.to(x.dtype), layer.weights["b2"][ids])
+
+
+def _biases_of_w13_dropped(layer: Layer) -> None:
+    Layer.load(layer)
+    if _last_rank(layer):
+        layer.gate_b = layer.up_b = None
+
+
+# -- gather and scatter
+
+
+def _reversed_blocks(layer: Layer, partial: Tensor, sizes: list[int]) -> Tensor:
+    return layer.dp.reduce_scatter(torch.cat(partial.split(sizes)[::-1]), sizes=sizes[::-1])
+
+
+def _next_ranks_rows(layer: Layer, partial: Tensor, sizes: list[int]) -> Tensor:
+    blocks = partial.split(sizes)
+    return layer.dp.reduce_scatter(torch.cat([*blocks[1:], blocks[0]]), sizes=[*sizes[1:], sizes[0]])
+
+
+def _equal_blocks(layer: Layer, partial: Tensor, sizes: list[int]) -> Tensor:
+    """Every dp rank is taken to have as many tokens as the average, rounded up."""
+    share = -(-sum(sizes) // len(sizes))
+    padded = F.pad(partial, (0, 0, 0, share * len(sizes) - sum(sizes)))
+    mine, m = layer.dp.reduce_scatter(padded), sizes[layer.dp.rank]
+    return F.pad(mine, (0, 0, 0, max(m - share, 0)))[:m]
+
+
+def _padding_left_in(layer: Layer, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+    """Blocks are padded to the longest for the gather, and scattered by their true sizes."""
+    sizes = layer.sizes(x)
+    short = max(sizes) - len(x)
+    everyone = [layer.dp.all_gather(F.pad(t, (0, 0, 0, short))) for t in (x, w, ids)]
+    return layer.scattered(layer.experts(*everyone)[: sum(sizes)], sizes)
+
+
+def _routes_gathered_in_reverse(layer: Layer, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+    sizes = layer.sizes(x)
+
+    def reverse(t: Tensor) -> Tensor:
+        return torch.cat(layer.dp.all_gather(t).split(sizes)[::-1])
+
+    return layer.scattered(layer.experts(layer.dp.all_gather(x), reverse(w), reverse(ids)), sizes)
+
+
+def _gathered_over_tp(layer: Layer, t: Tensor) -> Tensor:
+    return layer.tp.all_gather(t)
+
+
+def _sizes_over_tp(layer: Layer, x: Tensor) -> list[int]:
+    return layer.tp.all_gather(torch.tensor([len(x)])).tolist()
+
+
+def _scattered_over_tp(layer: Layer, partial: Tensor, sizes: list[int]) -> Tensor:
+    return layer.tp.reduce_scatter(partial, sizes=[len(partial) // layer.tp.size] * layer.tp.size)
+
+
+def _first_rows_of_all(layer: Layer, x: Tensor) -> Tensor | None:
+    s = Layer.shared(layer, layer.gathered(x))
+    return None if s is None else s[: len(x)]
+
+
+# -- sending
+
+
+def _neighbours_table(layer: Layer, y: Tensor, table: list[Tensor], back: list[Tensor]) -> Tensor:
+    """Each answer is added where the next rank's rows belong."""
+    for rows, part in zip([*table[1:], table[0]], back, strict=True):
+        count = min(len(rows), len(part))
+        y.index_add_(0, rows[:count], part[:count])
+    return y
+
+
+def _by_arrival(layer: Layer, y: Tensor, table: list[Tensor], back: list[Tensor]) -> Tensor:
+    """Answers are taken to come in the order of the tokens."""
+    for part in back:
+        y[: len(part)] += part
+    return y
+
+
+def _to_the_neighbour(layer: Layer, answers: list[Tensor]) -> list[Tensor]:
+    """Each sender gets what its neighbour asked for, cut or padded to what it sent."""
+    rolled = [*answers[1:], answers[0]]
+    return [F.pad(a, (0, 0, 0, max(len(own) - len(a), 0)))[: len(own)] for a, own in zip(rolled, answers, strict=True)]
+
+
+def _once_a_slot(layer: Layer, ids: Tensor) -> list[Tensor]:
+    """A row goes to a rank once for each of its experts there, and each copy meets all of them."""
+    owner = torch.cat([layer.owner, layer.owner.new_tensor([-1])])[ids]
+    return [(owner == rank).nonzero()[:, 0] for rank in range(layer.ep.size)]
+
+
+def _to_the_first_expert(layer: Layer, ids: Tensor) -> list[Tensor]:
+    owner = torch.cat([layer.owner, layer.owner.new_tensor([-1])])[ids]
+    return [(owner[:, 0] == rank).nonzero()[:, 0] for rank in range(layer.ep.size)]
+
+
+def _all_rows(layer: Layer, m: int) -> Tensor:
+    return torch.arange(m)
+
+
+def _nobody_without_tokens(layer: Layer, x: Tensor) -> Tensor:
+    """A rank without tokens leaves before it would dispatch none."""
+    return x if len(x) == 0 else Layer.forward(layer, x)
+
+
+def _receiver_full(layer: Layer, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+    """A rank takes 4 rows from each sender."""
+    y = Layer.experts(layer, x, w, ids)
+    y[4:] = 0.0
+    return y
+
+
+def _unweighted_from_afar(layer: Layer, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+    """The router's weights stay behind when a row leaves its rank."""
+    table = layer.table(ids)
+    sent = [[t[rows] for rows in table] for t in (x, w, ids)]
+    sent[1] = [t if rank == layer.ep.rank else torch.ones_like(t) for rank, t in enumerate(sent[1])]
+    came = zip(*(layer.ep.all_to_all(parts) for parts in sent), strict=True)
+    back = layer.ep.all_to_all([layer.experts(*parts) for parts in came])
+    return layer.combined(torch.zeros_like(x), table, back)
+
+
+# -- experts in their places
+
+
+def _global_as_local(layer: Layer, ids: Tensor) -> Tensor:
+    return torch.where(ids < len(layer.down), ids, -1)
+
+
+def _offset_twice(layer: Layer, ids: Tensor) -> Tensor:
+    local = ids - 2 * sum(map(len, layer.held[: layer.ep.rank]))
+    return torch.where((local >= 0) & (local < len(layer.down)), local, -1)
+
+
+def _one_further(layer: Layer, ids: Tensor) -> Tensor:
+    """The map of ranks beyond the first is off by one."""
+    local = layer.local[ids]
+    return torch.where(local >= 0, (local + int(layer.ep.rank > 0)) % len(layer.down), -1)
+
+
+def _dealt_out(layer: Layer) -> None:
+    """Weights are loaded round robin, the map says neighbours."""
+    experts = range(layer.ep.rank, layer.spec.routing.num_experts, layer.ep.size)
+    layer.cut(list(experts), layer.piece, layer.pieces)
+
+
+def _experts_of_rank_0(layer: Layer) -> None:
+    layer.cut(layer.held[0], layer.piece, layer.pieces)
+
+
+def _piece_0(layer: Layer) -> None:
+    layer.cut(layer.held[layer.ep.rank], 0, layer.pieces)
+
+
+def _cut_over_tp(layer: Layer) -> None:
+    """Experts are cut over the tp ranks, although those of all dp ranks share them."""
+    if layer.ep.size == 1:
+        layer.cut(layer.held[0], layer.tp.rank, layer.tp.size)
+    else:
+        Layer.load(layer)
+
+
+def _pieces_by_tp_rank(layer: Layer) -> None:
+    layer.cut(layer.held[layer.ep.rank], layer.tp.rank % layer.pieces, layer.pieces)
+
+
+def _place_by_modulo(layer: Layer) -> None:
+    """Which experts and which piece are both read off the low digits of the rank."""
+    rank = layer.rank % layer.ep.size
+    layer.cut(layer.held[rank], layer.rank % layer.pieces, layer.pieces)
+    slots = [number for number, owner in enumerate(layer.owner.tolist()) if owner == rank]
+    layer.local = torch.full_like(layer.local, -1)
+    layer.local[slots] = torch.arange(len(slots))
+
+
+def _copies_are_junk(layer: Layer) -> None:
+    """The second slots are never loaded: they hold what was there."""
+    Layer.load(layer)
+    if layer.ep.size > 1:
+        layer.down = layer.down.clone()
+        layer.down[-1] = layer.gate[-1].T * 0.5
+
+
+def _copies_are_zero(layer: Layer) -> None:
+    Layer.load(layer)
+    if layer.ep.size > 1:
+        layer.down = layer.down.clone()
+        layer.down[-1] = 0.0
+
+
+def _copies_of_another(layer: Layer) -> None:
+    """The second slot is loaded with its own rank's first expert."""
+    own = layer.held[layer.ep.rank]
+    layer.cut([*own[:-1], own[0]] if layer.ep.size > 1 else own, layer.piece, layer.pieces)
+
+
+def _remainder_nowhere(layer: Layer) -> list[list[int]]:
+    share = layer.spec.routing.num_experts // layer.ep.size
+    return [list(range(rank * share, (rank + 1) * share)) for rank in range(layer.ep.size)]
+
+
+def _number_with_lost(layer: Layer) -> None:
+    """Experts that nobody holds have no slot: their ids are -1."""
+    Layer.number(layer)
+    lost = layer.spec.routing.num_experts - len(layer.slot)
+    layer.slot = layer.twin = torch.cat([layer.slot, torch.full((lost,), -1)])
+
+
+def _gate_and_up_exchanged(layer: Layer) -> None:
+    Layer.load(layer)
+    if _last_rank(layer):
+        layer.gate, layer.up = layer.up, layer.gate
+
+
+def _gelu_on_the_last(layer: Layer, gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate) * up if _last_rank(layer) else Layer.activated(layer, gate, up)
+
+
+def _routed_among_own(layer: Layer, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+    """Each ep rank renormalises the weights of its own experts alone."""
+    w = w * (layer.locally(ids) >= 0)
+    return Layer.experts(layer, x, w / w.sum(1, keepdim=True).clamp(min=1e-20), ids)
+
+
+def _scaled_again_with_ep(layer: Layer, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+    return Layer.experts(layer, x, w * layer.spec.scale if layer.ep.size > 1 else w, ids)
+
+
+# -- ids, slots and rows that are nobody's
+
+
+def _minus_one_wraps(layer: Layer, ids: Tensor) -> Tensor:
+    return layer.local[ids] % len(layer.down)
+
+
+def _unwritten_slots(value: float) -> Callable[..., Tensor]:
+    """The results of all K slots are added, also those that no local expert wrote."""
+
+    def experts(layer: Layer, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+        return Layer.experts(layer, x, w, ids) + (layer.locally(ids) < 0).sum(1, keepdim=True).to(x.dtype) * value
+
+    return experts
+
+
+def _stale_window(layer: Layer, x: Tensor) -> Tensor:
+    """A first call with other tokens leaves its answers in the window, and nobody clears it."""
+    layer.window = torch.zeros_like(x)
+    Layer.routed(layer, x.flip(0))
+    return Layer.routed(layer, x)
+
+
+def _into_the_window(layer: Layer, y: Tensor, table: list[Tensor], back: list[Tensor]) -> Tensor:
+    rows = layer.sent_rows(len(layer.window))
+    y = Layer.combined(layer, layer.window[rows], table, back)
+    layer.window[rows] = y
+    return y
+
+
+def _pad_rows_to_expert_0(layer: Layer, x: Tensor) -> Tensor:
+    """Rows that fill up the last ranks hold an old token, run through expert 0, and are added to token 0."""
+    y = Layer.forward_rows(layer, x)
+    short = -len(x) % layer.tp.size
+    if short:
+        junk = layer.expert(0, x[-1:]) * float(short) if layer.ep.rank == 0 else torch.zeros_like(x[:1])
+        junk = layer.tp.all_reduce(junk)
+        y = torch.cat([y[:1] + junk, y[1:]])
+    return y
+
+
+def _pad_rows_are_nan(layer: Layer, x: Tensor) -> tuple[Tensor, int]:
+    rows, real = Layer.own_rows(layer, x)
+    return torch.cat([rows[:real], torch.full_like(rows[real:], torch.nan)]), real
+
+
+def _pad_rows_point_at_row_0(layer: Layer, w: Tensor, ids: Tensor, real: int) -> tuple[Tensor, Tensor]:
+    w, ids = w.nan_to_num(), ids.clone()
+    w[real:] = 0.0
+    return w, ids
+
+
+def _pad_rows_add_to_row_0(layer: Layer, y: Tensor, table: list[Tensor], back: list[Tensor]) -> Tensor:
+    """Weight 0 times NaN is NaN; the rows behind the last token are added to the first."""
+    Layer.combined(layer, y, table, back)
+    if bool(y[-1:].isnan().any()):
+        y[0] += y[-1]
+    return y
+
+
+def _split_evenly_joined_by_ceiling(layer: Layer, x: Tensor) -> tuple[Tensor, int]:
+    """The first ranks take one row more; the join takes every rank to have as many."""
+    rows = x.tensor_split(layer.tp.size)[layer.tp.rank]
+    share = -(-len(x) // layer.tp.size)
+    return F.pad(rows, (0, 0, 0, share - len(rows))), len(rows)
+
+
+def _one_row_at_least(layer: Layer, x: Tensor) -> Tensor:
+    """A rank without tokens runs one of zeros, and forgets to take it off again."""
+    return Layer.forward(layer, F.pad(x, (0, 0, 0, 1)) if len(x) == 0 else x)
+
+
+def _crash_without_tokens(layer: Layer, x: Tensor) -> Tensor:
+    if len(x) == 0:
+        raise RuntimeError("CUDA error: invalid configuration argument")
+    return Layer.forward(layer, x)
+
+
+def _first_three(layer: Layer, rows: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    return rows[:3], slot[:3]
+
+
+def _whole_pairs(layer: Layer, x: Tensor) -> Tensor:
+    """R of the last row is lost if the number of rows is odd."""
+    y = Layer.routed(layer, x)
+    return torch.cat([y[: len(x) // 2 * 2], torch.zeros_like(x[len(x) // 2 * 2 :])])
+
+
+# -- decisions that outlive their reason
+
+
+def _summed_again_beyond_16(layer: Layer, y: Tensor) -> Tensor:
+    y = layer.tp.all_reduce(y)
+    return layer.tp.all_reduce(y) if len(y) > 16 else y
+
+
+def _not_summed_below_tp(layer: Layer, y: Tensor) -> Tensor:
+    return y if len(y) < layer.tp.size else layer.tp.all_reduce(y)
+
+
+def _warmed_up(layer: Layer, x: Tensor) -> Tensor:
+    """A first call with half the tokens, then the one that counts."""
+    Layer.forward(layer, x[: len(x) // 2])
+    return Layer.forward(layer, x)
+
+
+def _remembered_sizes(layer: Layer, x: Tensor) -> list[int]:
+    if not hasattr(layer, "first_sizes"):
+        layer.first_sizes = Layer.sizes(layer, x)
+    return layer.first_sizes
+
+
+def _warmed_up_with_as_many(layer: Layer, x: Tensor) -> Tensor:
+    Layer.forward(layer, x.flip(0))
+    return Layer.forward(layer, x)
+
+
+def _remembered_routes(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+    if not hasattr(layer, "first_routes"):
+        layer.first_routes = Layer.route(layer, x)
+    return layer.first_routes
+
+
+def _remembered_table(layer: Layer, y: Tensor, table: list[Tensor], back: list[Tensor]) -> Tensor:
+    """Answers are added by the rows of the first call, cut to what came."""
+    if not hasattr(layer, "first_table"):
+        layer.first_table = table
+    for rows, part in zip(layer.first_table, back, strict=True):
+        count = min(len(rows), len(part))
+        y.index_add_(0, rows[:count], part[:count])
+    return y
+
+
+# ---- our own runner with one thing remembered: what only a second call shows
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerFault(Fault):
+    """The harness's runner, changed. calls: (layer, x) -> y, what a serving engine does with it."""
+
+    kernel: str = "partial"
+    calls: Callable[[Any, Tensor], Tensor]
+
+    def build(self, spec: Any, weights: Mapping[str, Tensor], comm: Any) -> Callable[[Tensor], Tensor]:
+        from harness.runner.layer import FusedMoE, LayerSettings
+
+        settings = LayerSettings(apply_routed_scale_to_output=False, kernel=self.kernel)  # type: ignore[arg-type]
+        return functools.partial(self.calls, FusedMoE(spec, settings, weights, comm))
+
+
+def _swapped_with_a_frozen_plan(kernel: str) -> Callable[[Any, Tensor], Tensor]:
+    """The plan of the first call is kept, then tokens travel by another kernel."""
+
+    def calls(layer: Any, x: Tensor) -> Tensor:
+        first = layer.plan
+        layer.runner.plan = lambda dtype, width: first
+        layer.forward(x)
+        layer.swap_kernel(kernel)
+        return layer.forward(x)  # type: ignore[no-any-return]
+
+    return calls
+
+
+class OneSlot(dict):  # type: ignore[type-arg]
+    """The shared outputs of all micro-batches under one key, as if there were one buffer."""
+
+    def __contains__(self, key: object) -> bool:
+        return False if len(self) < 1 else self.reading
+
+    reading = False
+
+    def __setitem__(self, key: object, value: Tensor) -> None:
+        super().__setitem__(0, value)
+
+    def pop(self, key: object) -> Tensor:  # type: ignore[override]
+        return self[0]  # type: ignore[no-any-return]
+
+
+def _micro_batches_with_one_slot(layer: Any, x: Tensor) -> Tensor:
+    shared = layer.runner.shared_experts
+    shared.take = lambda micro_batch=0: shared._outputs[0]
+    right = shared._module
+    shared.run = lambda planned, moment, rows, micro_batch=0: (
+        shared._outputs.__setitem__(0, right(rows)) if planned is moment else None
+    )
+    return layer.forward_micro_batches(x, 2)  # type: ignore[no-any-return]
+
+
+def _placed_with_a_frozen(what: str) -> Callable[[Any, Tensor], Tensor]:
+    """Experts move to other ranks between two calls; the weights, the map, or the ids' table stay behind."""
+
+    def calls(layer: Any, x: Tensor) -> Tensor:
+        from harness.runner.placement import linear, physical
+
+        experts, ep = layer._spec.routing.num_experts, layer._parallel.ep_size
+        before = linear(experts, ep)
+        layer.place(before)
+        layer.forward(x)
+        after = physical(tuple(reversed(range(experts))), experts, ep)
+        if what == "weights":
+            layer.runner.placement = after
+        elif what == "ids":
+            layer.place(after)
+            layer.runner.placement = before
+        return layer.forward(x)  # type: ignore[no-any-return]
+
+    return calls
+
+
+FAULTS: dict[str, Fault] = {
+    # -- nothing, twice, or by the wrong group
+    "nothing_reduced": Fault(
+        family="B1", says="no rank adds the others' partial sums", words=("nothing is reduced",),
+        shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 ep2.dp2", how={"total": lambda layer, y: y},
+    ),
+    "own_rows_no_scatter": Fault(
+        family="B1 B7", says="each dp rank takes its rows of its own partial sum: no reduce-scatter", words=("dp",),
+        shows="dp2 ep2.dp2 tp2.ep4.dp2", lawful="tp2 tp4.ep2", how={"scattered": _own_block},
+    ),
+    "reduced_twice": Fault(
+        family="B2", says="the sum over tp is summed over tp again", words=("reduced twice",),
+        shows="tp2 tp4.ep2 tp2.ep4.dp2", lawful="tp1 ep2.dp2",
+        how={"total": lambda layer, y: layer.tp.all_reduce(layer.tp.all_reduce(y))},
+    ),
+    "reduced_over_ep_and_tp": Fault(
+        family="B2", says="R is summed over ep, then over dp and tp once more", words=("R", "ep"),
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 ep2.dp2 tp2.ep4.dp2 tp2.ep2.dp2", lawful="tp2 tp1 tp2.dp2",
+        how={"scattered": _reduced_over_ep_first},
+    ),
+    "reduced_then_scattered": Fault(
+        family="B6 B2", says="R is all-reduced over dp, then reduce-scattered over dp", words=("R", "dp"),
+        shows="dp2 ep2.dp2 tp2.ep4.dp2 tp2.ep2.dp2", lawful="tp4.ep2 tp2", how={"scattered": _all_reduced_before_the_scatter},
+    ),
+    "shared_self_reduces": Fault(
+        family="B3", says="S is summed over tp, then joins R's sum", words=("S", "once per rank"),
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 ep2.dp2", how={"shared": _shared_self_reduces},
+    ),
+    "shared_summed_over_dp": Fault(
+        family="B3", says="S of all dp ranks' tokens joins R before the reduce-scatter: once for each dp rank",
+        words=("S", "dp"), shows="dp2 ep2.dp2 tp2.ep4.dp2 tp2.ep2.dp2", lawful="tp2 tp4.ep2",
+        how={"forward": _shared_with_the_gathered},
+    ),
+    "shared_replicated": Fault(
+        family="B3 B4", says="every tp rank holds all of S and adds it before the sum", words=("S", "tp"),
+        shows="tp4 tp2.ep2 tp4.ep2 tp2.ep4.dp2", lawful="tp1 ep2.dp2", how={"load": _shared_whole},
+    ),
+    "shared_replicated_over_all": Fault(
+        family="B3 B4", says="every rank adds all of S for all tokens before both sums", words=("S", "rank"),
+        shows="dp2 tp4.ep4 tp2.ep4.dp2 tp2.ep2.dp2", lawful="tp1",
+        how={"load": _shared_whole, "forward": _shared_with_the_gathered},
+    ),
+    "shared_left_partial": Fault(
+        family="B5", says="S is added after the sum, each rank its own piece", words=("left partial",),
+        shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 ep2.dp2",
+        how={"finish": lambda layer, routed, shared: layer.total(routed) + shared},
+    ),
+    "shared_cut_over_all_ranks": Fault(
+        family="B8 B5 F9", says="S is cut over all ranks and summed over tp: the other dp ranks' pieces are missing",
+        words=("S", "missing"), shows="dp2 tp2.dp2 tp2.ep4.dp2", lawful="tp2 tp4.ep2", how={"load": _shared_cut_over_all_ranks},
+    ),
+    "scattered_without_sum": Fault(
+        family="B7", says="over tp each rank's block of rows is its own partial sum", words=("one rank's partial sum",),
+        shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 ep2.dp2", how={"total": _row_blocks},
+    ),
+    "summed_over_ep_only": Fault(
+        family="B8", says="the sum goes over ep, not over tp", words=("parts of the ranks",),
+        shows="tp4.ep2 tp8.ep2 tp8.ep4", lawful="tp4 tp2.ep2 tp4.ep4", how={"total": _summed_over_ep_where_there_is},
+    ),
+    "summed_over_pieces_only": Fault(
+        family="B8", says="the sum goes over the ranks that share an expert, not over tp", words=("parts of the ranks",),
+        shows="tp4.ep2 tp8.ep2 tp8.ep4", lawful="tp4 tp2.ep2 tp4.ep4", how={"total": _summed_over_pieces_where_there_are},
+    ),
+    "routed_over_ep_only": Fault(
+        family="B8", says="R is summed over ep, S over tp", words=("R", "parts of the ranks"),
+        shows="tp4.ep2 tp8.ep2 tp8.ep4", lawful="tp4 tp2.ep2 tp4.ep4", how={"finish": _only_the_routed_over_ep},
+    ),
+    "summed_over_dp_only": Fault(
+        family="B8 B1 B5", says="with dp ranks the reduce-scatter over dp is the only sum: none over tp", words=("tp",),
+        shows="tp2.dp2 tp2.ep4.dp2 tp2.ep2.dp2", lawful="dp2 tp4.ep2", how={"total": _not_summed_over_tp_with_dp},
+    ),
+    "last_rank_skipped": Fault(
+        family="B8", says="the sum over tp lacks its last rank", words=("missing",),
+        shows="tp4 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 ep2.dp2", how={"total": _without_the_last},
+    ),
+    "first_ranks_sum": Fault(
+        family="B8", says="the first tp rank's partial sum is broadcast", words=("missing",),
+        shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 ep2.dp2", how={"total": lambda layer, y: layer.tp.broadcast(y)},
+    ),
+    "averaged_over_tp": Fault(
+        family="B13", says="the sum over tp is a mean", words=("averaged",),
+        shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 ep2.dp2",
+        how={"total": lambda layer, y: layer.tp.all_reduce(y) / layer.tp.size},
+    ),
+    "averaged_over_dp": Fault(
+        family="B13", says="the reduce-scatter over dp is a mean", words=("R", "averaged"),
+        shows="dp2 ep2.dp2 tp2.ep4.dp2", lawful="tp2 tp4.ep2",
+        how={"scattered": lambda layer, partial, sizes: Layer.scattered(layer, partial, sizes) / layer.dp.size},
+    ),
+    "half_the_columns_summed": Fault(
+        family="H4 B1", says="the second half of the columns is not reduced", words=("columns",),
+        shows="tp2 tp4.ep2 tp2.ep4.dp2", lawful="tp1 ep2.dp2", how={"total": _half_the_columns},
+    ),
+    # -- biases
+    "bias_on_every_piece": Fault(
+        family="B10", says="the ranks that share an expert each add its second bias", words=("bias",), model="gpt_oss",
+        shows="tp2 tp4.ep2 tp2.dp2 tp2.ep2.dp2", lawful="tp1 tp4.ep4 tp2.ep4.dp2", how={"load": _bias_everywhere},
+    ),
+    "bias_on_every_ep_rank": Fault(
+        family="B10", says="every ep rank adds the second biases of all chosen experts", words=("bias",), model="gpt_oss",
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2 tp2.dp2", how={"experts": _foreign_bias_too},
+    ),
+    "bias_on_every_rank": Fault(
+        family="B10", says="all ranks add the second biases of all chosen experts", words=("bias",), model="gpt_oss",
+        shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2 dp2", lawful="tp1",
+        how={"load": _bias_everywhere, "experts": _foreign_bias_too},
+    ),
+    "first_bias_lost_on_one_rank": Fault(
+        family="F5", says="the last rank's experts lack their first bias", words=("bias",), model="gpt_oss",
+        shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", how={"load": _biases_of_w13_dropped},
+    ),
+    # -- gather and scatter
+    "scatter_in_reverse": Fault(
+        family="B12 H2", says="rows are gathered in the order of dp ranks and scattered in reverse", words=("dp",),
+        shows="dp2.tokens32 ep4.dp4.tokens32 tp2.ep4.dp2.tokens32 dp2", lawful="tp2 tp4.ep2", how={"scattered": _reversed_blocks},
+    ),
+    "rows_of_the_next_dp_rank": Fault(
+        family="B12 H2", says="each dp rank gets the rows of the next", words=("dp",),
+        shows="ep4.dp4.tokens32 tp2.ep4.dp2.tokens32 ep2.dp2", lawful="tp2 tp4.ep2", how={"scattered": _next_ranks_rows},
+    ),
+    "equal_sizes_assumed": Fault(
+        family="B12 H2", says="every dp rank is taken to have as many tokens", words=("rows",),
+        shows="dp2.tokens20_4 ep2.dp2.tokens3_9 tp2.ep4.dp2.tokens9_24", lawful="dp2.tokens32 tp2.ep4.dp2.tokens16_16 tp2 dp2",
+        how={"scattered": _equal_blocks},
+    ),
+    "padding_left_in": Fault(
+        family="B12 H2", says="blocks are padded for the gather and cut by their true sizes for the scatter", words=("rows",),
+        shows="dp2.tokens4_20 ep2.dp2.tokens3_9 ep4.dp4.tokens5_1_9_3", lawful="dp2.tokens32 dp2 tp2 ep2.dp2.tokens9_3",
+        how={"by_gather": _padding_left_in},
+    ),
+    "routes_of_another_dp_rank": Fault(
+        family="B12 H2", says="tokens are gathered in the order of dp ranks, routes in reverse", words=("route",),
+        shows="dp2.tokens32 ep4.dp4.tokens32 tp2.ep4.dp2.tokens32", lawful="tp2 tp4.ep2",
+        how={"by_gather": _routes_gathered_in_reverse},
+    ),
+    "gathered_over_tp": Fault(
+        family="B12 B2 B8", says="gather and scatter go over tp instead of dp", words=("dp",),
+        shows="tp2 dp2 tp2.ep4.dp2 tp4.ep2", lawful="tp1",
+        how={"gathered": _gathered_over_tp, "sizes": _sizes_over_tp, "scattered": _scattered_over_tp},
+    ),
+    "shared_reads_the_gathered": Fault(
+        family="C2 H2 B12", says="S is taken from the first rows of the gathered batch: right on the first dp rank", words=("S",),
+        shows="dp2 ep2.dp2 tp2.ep4.dp2", lawful="tp2 tp4.ep2 dp2.tokens5_0", how={"shared": _first_rows_of_all},
+    ),
+    # -- sending
+    "neighbours_table": Fault(
+        family="B11 H2", says="answers are added to the rows that went to the next rank", words=("rows",), on="send",
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2 ep2.dp2", lawful="tp2 tp1", how={"combined": _neighbours_table},
+    ),
+    "answers_by_arrival": Fault(
+        family="B11 H2", says="answers are added in the order in which they come", words=("rows",), on="send",
+        shows="tp4.ep4 tp4.ep2 tp2.ep4.dp2 ep2.dp2", lawful="tp2 tp1", how={"combined": _by_arrival},
+    ),
+    "answers_to_the_neighbour": Fault(
+        family="B11 H2 B12", says="each sender gets the answers that its neighbour waits for", words=("rows",), on="send",
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2 ep2.dp2", lawful="tp2 tp1", how={"answers": _to_the_neighbour},
+    ),
+    "sent_once_a_slot": Fault(
+        family="B14", says="a row with n experts on one rank is sent there n times and served by all of them each time",
+        words=("expert",), on="send", shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2 tp2", how={"table": _once_a_slot},
+    ),
+    "sent_to_the_first_expert": Fault(
+        family="G9 D13", says="a row goes to the rank of its first expert alone", words=("expert",), on="send",
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2", how={"table": _to_the_first_expert},
+    ),
+    "rows_not_split_over_tp": Fault(
+        family="B2", says="every tp rank sends all rows, and the answers are summed over tp", words=("R",), on="send",
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2 ep2.dp2", how={"sent_rows": _all_rows},
+    ),
+    "sent_over_tp": Fault(
+        family="", says="rows are sent over tp instead of ep", words=("group tp", "all_to_all"), on="send",
+        shows="tp2.ep4.dp2 tp4.ep2 ep2.dp2", lawful="tp2.ep2 tp4.ep4", how={"group": property(lambda layer: layer.tp)},  # type: ignore[dict-item]
+    ),
+    "leaves_without_tokens": Fault(
+        family="", says="a rank without tokens skips the dispatch", words=("rank 0", "ep"), on="send",
+        shows="ep2.dp2.tokens0_5 ep4.dp4.tokens3_0_4_5", lawful="ep2.dp2 tp2.ep2 tp2.ep2.tokens0", how={"forward": _nobody_without_tokens},
+    ),
+    "receiver_full": Fault(
+        family="G9", says="a rank serves four rows of each sender", words=("first",), on="send",
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 ep2.dp2 tp2.ep4.dp2", lawful="tp2.ep2.tokens7 tp4.ep4.tokens15", how={"experts": _receiver_full},
+    ),
+    "unweighted_from_afar": Fault(
+        family="D11", says="rows that leave their rank come back without the router's weights", words=("weight",), on="send",
+        model="mixtral", shows="tp2.ep2 tp4.ep4 ep2.dp2 tp2.ep4.dp2", lawful="tp1 tp2", how={"by_sending": _unweighted_from_afar},
+    ),
+    # -- experts in their places
+    "global_id_as_local": Fault(
+        family="F7", says="ids of all experts are read as ids of this rank's", words=("expert",),
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2 tp2.dp2", how={"locally": _global_as_local},
+    ),
+    "offset_twice": Fault(
+        family="F7", says="the first expert of the rank is subtracted twice", words=("expert",),
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2 tp2.dp2", how={"locally": _offset_twice},
+    ),
+    "map_off_by_one": Fault(
+        family="F7", says="ranks beyond the first compute the next of their experts", words=("expert",),
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2 tp2.dp2", how={"locally": _one_further},
+    ),
+    "round_robin_read_as_linear": Fault(
+        family="F7", says="experts are loaded round robin and looked up as neighbours", words=("round robin",),
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2 tp2.dp2", how={"load": _dealt_out},
+    ),
+    "experts_of_rank_0": Fault(
+        family="F9 F7", says="every ep rank loads the first one's experts", words=("rank 0",),
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2 tp2.dp2", how={"load": _experts_of_rank_0},
+    ),
+    "piece_0_everywhere": Fault(
+        family="F9", says="every rank loads the first piece of its experts", words=("rank 0",),
+        shows="tp2 tp4.ep2 tp2.dp2 tp2.ep2.dp2", lawful="tp1 tp4.ep4 tp2.ep4.dp2", how={"load": _piece_0},
+    ),
+    "cut_over_tp": Fault(
+        family="B2", says="experts are cut over tp instead of over all ranks, and summed over all", words=("R", "dp"),
+        shows="dp2 tp2.dp2", lawful="tp2 tp4 tp2.ep4.dp2", how={"load": _cut_over_tp},
+    ),
+    "pieces_by_tp_rank": Fault(
+        family="F9", says="a rank's piece is its number in tp, though all ranks share the experts", words=("R", "rank"),
+        shows="dp2 tp2.dp2", lawful="tp2 tp4.ep2 tp2.ep4.dp2 tp2.ep2.dp2", how={"load": _pieces_by_tp_rank},
+    ),
+    "place_by_modulo": Fault(
+        family="F9 F7", says="a rank's experts are read off the low digits of its number, as its piece is", words=("R",),
+        shows="tp4.ep2 tp2.ep2.dp2", lawful="tp4 tp4.ep4 tp2.ep4.dp2", how={"load": _place_by_modulo},
+    ),
+    "copies_are_junk": Fault(
+        family="F8", says="second slots of experts hold junk", words=("expert",), on="doubled",
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2", how={"load": _copies_are_junk},
+    ),
+    "copies_are_zero": Fault(
+        family="F8", says="second slots of experts hold zeros", words=("expert",), on="doubled_send",
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2", how={"load": _copies_are_zero},
+    ),
+    "copies_of_another": Fault(
+        family="F8 F7", says="second slots hold another expert", words=("expert",), on="doubled",
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2", how={"load": _copies_of_another},
+    ),
+    "remainder_nowhere": Fault(
+        family="F7 G9 D13", says="the experts that do not go into equal shares are on no rank", words=("expert",), model="mixtral",
+        shows="tp3.ep3 ep3.dp3", lawful="tp2.ep2 tp4.ep4 tp3", how={"place": _remainder_nowhere, "number": _number_with_lost},
+    ),
+    "gate_and_up_on_one_rank": Fault(
+        family="F1", says="the last rank exchanges gate and up", words=("exchanged", "rank"),
+        shows="tp4 tp4.ep4 tp4.ep2 tp2.ep4.dp2", how={"load": _gate_and_up_exchanged},
+    ),
+    "gelu_on_one_rank": Fault(
+        family="F6", says="the last rank's experts use gelu", words=("gelu", "rank"),
+        shows="tp4 tp4.ep4 tp4.ep2 tp2.ep4.dp2", how={"activated": _gelu_on_the_last},
+    ),
+    "renormalised_by_rank": Fault(
+        family="D6", says="each ep rank renormalises the weights of its own experts", words=("weight",), model="mixtral",
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2 tp2.dp2", how={"experts": _routed_among_own},
+    ),
+    "scaled_twice_with_ep": Fault(
+        family="A1", says="with ep the kernel scales, and the router did", words=("twice",),
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2 tp2.dp2", how={"experts": _scaled_again_with_ep},
+    ),
+    # -- ids, slots and rows that are nobody's
+    "minus_one_wraps": Fault(
+        family="G1", says="the id -1 of experts elsewhere is taken for the last local expert", words=("expert",),
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2 tp2.dp2", how={"locally": _minus_one_wraps},
+    ),
+    "unwritten_slots": Fault(
+        family="G2", says="slots of experts elsewhere hold 3.0 and are added", words=("slot",),
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2 tp2.dp2", how={"experts": _unwritten_slots(3.0)},
+    ),
+    "unwritten_slots_are_nan": Fault(
+        family="G2 G5", says="slots of experts elsewhere hold NaN and are added", words=("NaN",),
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", how={"experts": _unwritten_slots(torch.nan)},
+    ),
+    "stale_window": Fault(
+        family="G2 H2", says="answers of the call before are still in the window", words=("token",), on="send",
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2", how={"routed": _stale_window, "combined": _into_the_window},
+    ),
+    "pad_rows_to_expert_0": Fault(
+        family="G3", says="rows that fill up the last ranks run through expert 0 into token 0", words=("token 0",), on="rows",
+        shows="tp4.ep4 tp2.ep2 tp4.ep4.sp4", lawful="tp4.ep4.tokens32 tp1", how={"forward_rows": _pad_rows_to_expert_0},
+    ),
+    "pad_rows_are_nan": Fault(
+        family="G5 G4", says="NaN of pad rows reaches a token through its weight 0", words=("NaN",), on="rows", model="mixtral",
+        shows="tp4.ep4 tp4.ep4.tokens7 tp4.ep4.sp4", lawful="tp4.ep4.tokens32 tp1",
+        how={"own_rows": _pad_rows_are_nan, "masked": _pad_rows_point_at_row_0, "combined": _pad_rows_add_to_row_0},
+    ),
+    "rows_split_one_way_joined_another": Fault(
+        family="G4 H2 B12", says="tp ranks take rows as evenly as it goes and join them as if each had as many", words=("tokens",),
+        on="rows", shows="tp4.ep4.tokens33 tp4.ep8.dp2.tokens12_13 tp4.ep4.sp4.tokens6", lawful="tp4.ep4.tokens32 tp4.ep4.tokens7 tp2.ep4.dp2 tp1",
+        how={"own_rows": _split_evenly_joined_by_ceiling},
+    ),
+    "buffer_of_one_row": Fault(
+        family="", says="a dp rank without tokens returns one row", words=("[1, 64]", "[0, 64]"),
+        shows="ep2.dp2.tokens0_5 ep4.dp4.tokens3_0_4_5", lawful="ep2.dp2 ep2.dp2.tokens1_5", how={"forward": _one_row_at_least},
+    ),
+    "crash_without_tokens": Fault(
+        family="", says="a dp rank without tokens raises", words=("invalid configuration argument",),
+        shows="ep2.dp2.tokens0_5 ep4.dp4.tokens3_0_4_5", lawful="ep2.dp2", how={"forward": _crash_without_tokens},
+    ),
+    "capacity": Fault(
+        family="G9", says="each expert serves its first three tokens", words=("first 3 tokens",),
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp2.ep2.tokens3 ep2.dp2.tokens1_2", how={"served": _first_three},
+    ),
+    "capacity_by_sender": Fault(
+        family="G9", says="each expert serves the first three tokens of each sender", words=("expert",), on="send",
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp2.ep2.tokens3 ep2.dp2.tokens3_2", how={"served": _first_three},
+    ),
+    "odd_row_dropped": Fault(
+        family="G9 A6 E3", says="R of the last row is lost if a rank has an odd number of them", words=("32",),
+        shows="tp2.ep2 tp4.ep2 ep2.dp2 tp2.ep4.dp2", lawful="tp2.ep2.tokens32 ep2.dp2.tokens4_2", how={"routed": _whole_pairs},
+    ),
+    # -- decisions that outlive their reason
+    "summed_again_beyond_16": Fault(
+        family="B2", says="beyond 16 tokens the sum is made twice", words=("reduced twice",),
+        shows="tp2 tp4.ep2 tp2.ep4.dp2.tokens20_24 tp2.ep4.dp2.tokens20_4", lawful="tp2.tokens16 tp4.ep2.tokens7 tp2.ep4.dp2.tokens9_9 ep2.dp2",
+        how={"total": _summed_again_beyond_16},
+    ),
+    "not_summed_below_tp": Fault(
+        family="B1", says="with fewer tokens than ranks nothing is summed", words=("reduced",),
+        shows="tp4.tokens3 tp4.ep2.tokens2 tp4.ep8.dp2.tokens2_9", lawful="tp4 tp4.ep2.tokens4 tp2.ep4.dp2", how={"total": _not_summed_below_tp},
+    ),
+    "sizes_of_the_first_call": Fault(
+        family="", says="the sizes of the first call are used for the second", words=("sizes",),
+        shows="dp2 ep2.dp2 tp2.ep4.dp2", lawful="dp2.tokens0", how={"forward": _warmed_up, "sizes": _remembered_sizes},
+    ),
+    "routes_of_the_first_call": Fault(
+        family="H2 D15", says="the second call is routed as the first", words=("route",),
+        shows="tp2.ep2 tp2 ep2.dp2 tp2.ep4.dp2", lawful="tp2.tokens1", how={"forward": _warmed_up_with_as_many, "route": _remembered_routes},
+    ),
+    "table_of_the_first_call": Fault(
+        family="B11 H2", says="answers of the second call are added by the rows of the first", words=("rows",), on="send",
+        shows="tp2.ep2 tp4.ep4 ep2.dp2 tp2.ep4.dp2", lawful="tp2.ep2.tokens1",
+        how={"forward": _warmed_up_with_as_many, "combined": _remembered_table},
+    ),
+    "frozen_plan_swapped_to_reduced": RunnerFault(
+        family="B2", says="the plan of a partial kernel serves one that reduces", words=("R", "twice"),
+        shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 ep2.dp2", calls=_swapped_with_a_frozen_plan("reduced"),
+    ),
+    "frozen_plan_swapped_to_partial": RunnerFault(
+        family="B1", says="the plan of a kernel that reduces serves a partial one", words=("routed part is not reduced",),
+        kernel="reduced", shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 ep2.dp2", calls=_swapped_with_a_frozen_plan("partial"),
+    ),
+    "frozen_plan_swapped_to_sending": RunnerFault(
+        family="B2", says="the plan of a partial kernel serves an all-to-all that returns complete rows", words=("R", "twice"),
+        shows="tp2.ep2 tp4.ep4 tp2.ep4.dp2", lawful="ep2.dp2", calls=_swapped_with_a_frozen_plan("deepep_ht"),
+    ),
+    "micro_batches_share_a_slot": RunnerFault(
+        family="C2 H2 E3", says="both micro-batches read the shared output of the second", words=("S",),
+        shows="tp2.tokens32 tp4.ep4.tokens32 tp2.ep4.dp2.tokens32", lawful="tp1.tokens0", calls=_micro_batches_with_one_slot,
+    ),
+    "placed_without_weights": RunnerFault(
+        family="F7", says="ids follow the new placement, weights the old", words=("expert",), model="mixtral",
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", calls=_placed_with_a_frozen("weights"),
+    ),
+    "placed_without_ids": RunnerFault(
+        family="F7", says="weights follow the new placement, ids the old", words=("expert",), model="mixtral",
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", calls=_placed_with_a_frozen("ids"),
+    ),
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Each fault's build by its name, and each right layer by right_NAME."""
+    if name in FAULTS:
+        return FAULTS[name].build
+    if name.removeprefix("right_") in RIGHT:
+        return RIGHT[name.removeprefix("right_")]
+    raise AttributeError(f"no fault {name!r}; one of {', '.join(FAULTS)}")
+
+
+def case_text(model: str, grid: str) -> str:
+    """'tp2.dp2' of a table -> 'deepseek_v3@tp2.dp2.tokens33'."""
+    return f"{model}@{grid}" if "tokens" in grid else f"{model}@{grid}.tokens33"
+
+
+def table(names: list[str]) -> None:
+    """Prints fault | grid | verdict | family | diagnosis, and what is not as FAULTS says."""
+    from harness.case import parse
+    from harness.check import check
+    from harness.systems import resolve
+
+    torch.set_num_threads(1)
+    for name in names or FAULTS:
+        fault, system = FAULTS[name], resolve(f"{__file__}:{name}")
+        print(f"\n{name} [{fault.family}] ({fault.model}, {fault.on}): {fault.says}")
+        for wanted, grids in (("mismatch", fault.shows), ("ok", fault.lawful)):
+            for grid in grids.split():
+                finding = check(parse(case_text(fault.model, grid)), system)
+                mark = " " if finding.verdict.value == wanted else "!"
+                if wanted == "mismatch" and mark == " ":
+                    mark = standing(fault, finding.family, finding.diagnosis)
+                print(f"{mark} {grid} | {finding.verdict.value} | {finding.family} | {finding.diagnosis}")
+
+
+def standing(fault: Fault, family: str | None, diagnosis: str) -> str:
+    """'+' named with its words, '?' without a name, 'W' under another family, 'w' its family without the words."""
+    told = all(word in diagnosis for word in fault.words)
+    if family is None:
+        return "+" if told and not fault.family else "?"
+    if family not in fault.family.split():
+        return "W"
+    return "+" if told else "w"
+
+
+if __name__ == "__main__":
+    table(sys.argv[1:])
