@@ -200,10 +200,10 @@ def _check_grid(spec: MoESpec, settings: LayerSettings, parallel: FusedMoEParall
             f"{spec.routing.num_experts} experts on ep={parallel.ep_size}"
         )
     slots = len(placement.held)
-    if slots > placement.num_experts and slots % parallel.ep_size:
+    if not placement.is_identity and slots % parallel.ep_size:
         raise ValueError(
-            f"{slots} physical slots ({slots - placement.num_experts} of them redundant) on ep={parallel.ep_size}: load "
-            f"balancing gives every rank as many. Use {-slots % parallel.ep_size} more redundant slots"
+            f"load balancing with {slots} physical slots ({slots - placement.num_experts} of them redundant) on "
+            f"ep={parallel.ep_size}: every rank has as many. Use {-slots % parallel.ep_size} more redundant slots"
         )
 
 

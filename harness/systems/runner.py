@@ -47,7 +47,7 @@ class RunnerSystem:
         if case.placement == "moved":
             if case.spec.vision is not None:
                 return "placement=moved: experts are placed anew in layers with one router"
-            asked[0] = replace(asked[0], placement=linear(case.spec.routing.num_experts, case.grid.ep))
+            asked.append(replace(asked[0], placement=_moved(case.spec.routing.num_experts, case.grid.ep)))
         try:
             for settings in asked:
                 check_settings(case.spec, settings, _parallel(case.grid))
@@ -87,7 +87,7 @@ def _kernel(name: str) -> Kernel:
 
 def _placement(name: str, experts: int, ep: int) -> Placement | None:
     """None for linear, which is the layer's own; moved starts there too."""
-    if ep == 1 or name == "linear":
+    if ep == 1 or name in ("linear", "moved"):
         return None
     if name == "round_robin":
         return round_robin(experts, ep)
