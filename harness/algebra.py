@@ -32,6 +32,7 @@ class Evidence:
     held_RM: bool, the rows that a rank has.    wrong_RM: those that need an explanation.
 
     stages: what rank 0's layer tells of its call, where it tells anything: logits, topk_ids, topk_weights.
+    columns_H: bool, the columns that are fitted, all by default.
     """
 
     given: Problem
@@ -41,6 +42,7 @@ class Evidence:
     precision: RouterPrecision
     wrong_RM: Tensor
     stages: Mapping[str, Tensor]
+    columns_H: Tensor | None = None
 
     @property
     def tp(self) -> int:
@@ -206,11 +208,12 @@ def _fit(
 ) -> Reading | None:
     given, layout = evidence.given, evidence.layout
     rows = (evidence.decided_M & evidence.held_RM[rank] if rows_M is None else rows_M).nonzero()[:, 0]
-    target = evidence.outputs[rank][rows] / given.spec.output.share
+    picked = slice(None) if evidence.columns_H is None else evidence.columns_H
+    target = (evidence.outputs[rank][rows] / given.spec.output.share)[:, picked]
     columns = [column for column in columns if bool(column.value_MH[rows].any())]
     if target.shape[0] == 0 or not columns or target.numel() < 2 * len(columns):
         return None
-    matrix = torch.stack([column.value_MH[rows].flatten() for column in columns], 1)
+    matrix = torch.stack([column.value_MH[rows][:, picked].flatten() for column in columns], 1)
     solved = torch.linalg.lstsq(matrix, target.flatten()[:, None], driver="gelsd").solution[:, 0]
     naive_M = evidence.naive_M[rows] / given.spec.output.share
     residual_M = (target - (matrix @ solved).view_as(target)).norm(dim=-1)

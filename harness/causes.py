@@ -140,18 +140,22 @@ def _without_s(symbol: str) -> str:
     return "1" if symbol == "s" else symbol
 
 
+# the parts that are cut into shares, as a sentence calls them
+_LETTERS = {"routed": "R", "shared": "S", "expert bias": "B"}
+
+
 def uneven_causes(readings: Mapping[int, Reading], lawful: dict[str, str], layout: Layout) -> list[Cause]:
     """Why the shares of a part count differently, from the readings of all ranks; empty where no pattern is known.
 
     A rank's row of counts says how often each share is in its output: 1 as the law says, a size, or not at all.
     """
-    names = [n for n in ("routed", "shared") if any(_deviates(reading, n, lawful) for reading in readings.values())]
+    names = [n for n in _LETTERS if any(_deviates(reading, n, lawful) for reading in readings.values())]
+    wrong = {r: reading for r, reading in readings.items() if any(_deviates(reading, name, lawful) for name in names)}
     tables = [
-        {rank: _counts(reading, name, lawful[name], rank, layout) for rank, reading in readings.items()}
-        for name in names
+        {rank: _counts(reading, name, lawful[name], rank, layout) for rank, reading in wrong.items()} for name in names
     ]
-    letters = [{"routed": "R", "shared": "S"}[name] for name in names]
-    if len(tables) == 2 and _same(tables[0], tables[1]):
+    letters = [_LETTERS[name] for name in names]
+    if names == ["routed", "expert bias"] or (len(tables) == 2 and _same(tables[0], tables[1])):
         both = _pattern(tables[0], " and ".join(letters), names[0], layout)
         return [] if both is None else [both]
     found = [_pattern(table, letter, name, layout) for table, letter, name in zip(tables, letters, names, strict=True)]
@@ -185,7 +189,7 @@ def _deviates(reading: Reading, name: str, lawful: dict[str, str]) -> bool:
 
 def _counts(reading: Reading, name: str, lawful: str, rank: int, layout: Layout) -> tuple[str, ...]:
     """How often each share counts, in units of what the law says: "1", "0", "2", a size's name, or another symbol."""
-    units = {lawful: "1", "2*s" if lawful == "s" else "2": "2"}
+    units = {lawful: "1", "2*s": "2", "1": "1/s", "s^2": "s"} if lawful == "s" else {"1": "1", "2": "2"}
     units |= {f"s*{size}" if lawful == "s" else size: size for size in layout.sizes}
     count = layout.shares(name)
     if name in reading.own_only:
@@ -199,18 +203,30 @@ def _alike(counts: tuple[str, ...], what: str, part: str, layout: Layout) -> Cau
     """All ranks return the same sum of shares, a wrong one."""
     counted = [shard for shard, count in enumerate(counts) if count not in ("0", "?")]
     lost = [shard for shard, count in enumerate(counts) if count == "0"]
-    if len(counted) == 1 and lost and counts[counted[0]] in layout.sizes:
+    instead = {counts[shard] for shard in counted}
+    if lost and len(instead) == 1 and (count := instead.pop()) in layout.sizes:
         who = layout.holders(part, counted)
-        return Cause("F9", {}, f"every rank computes the share of {what} of {who}: the others' weights are never used")
+        if len(counted) == 1:
+            return Cause(
+                "F9", {}, f"every rank computes the share of {what} of {who}: the others' weights are never used"
+            )
+        return Cause(
+            "F9", {}, f"the shares of {what} of {who} count {count} times, the others never: ranks hold each other's weights"
+        )  # fmt: skip
     if lost and counted and {counts[shard] for shard in counted} == {"1"}:
         gave = "ranks gave nothing or the sum skips them" if len(lost) > 1 else "rank gave nothing or the sum skips it"
         held = layout.experts_text(lost) if part == "routed" else None
         which = f"{layout.holders(part, lost)}{f', with {held},' if held else ''}"
-        return Cause("B8", {}, f"the share of {what} of {which} is missing: the {gave}")
+        family = "F5" if part == "expert bias" else "B8"
+        return Cause(family, {}, f"the share of {what} of {which} is missing: the {gave}")
     more = {counts[shard] for shard in counted} - {"1"}
     if not lost and len(more) == 1 and (count := more.pop()) in {"2", *layout.sizes}:
         who = layout.holders(part, [shard for shard in counted if counts[shard] == count])
         return Cause("B2", {}, f"the share of {what} of {who} counts {count} times, the others once")
+    for count, family, how in (("1/s", "A2", "misses"), ("s", "A1", "is applied twice to")):
+        if set(counts) - {"?"} == {"1", count}:
+            who = layout.holders(part, [shard for shard in counted if counts[shard] == count])
+            return Cause(family, {}, f"the routed scaling factor {how} the share of {what} of {who}")
     return None
 
 
@@ -223,20 +239,26 @@ def _by_rank(table: Mapping[int, tuple[str, ...]], what: str, part: str, layout:
         return Cause("B14", {}, f"each rank adds its own share of {what} again after the sum")
     if rest == {"1"} and own == {"0"}:
         return Cause("B14", {}, f"each rank lacks its own share of {what}, the others' are there")
-    if not rest | own <= {"0", "1"} or any(set(row) == {"0"} for row in table.values()):
+    factors = (rest | own) - {"0"}
+    if len(factors) != 1:
         return None
-    if rest == {"0"}:
+    factor = factors.pop()
+    times = "" if factor == "1" else f", and counts {factor} times"
+    if factor not in ("1", "2", *layout.sizes):
+        return None
+    table = {rank: tuple("1" if count == factor else count for count in row) for rank, row in table.items()}
+    if rest == {"0"} and not times:
         family = "B5" if part == "shared" else "B1"
         return Cause(family, {}, f"{_is(what)} not reduced: each rank returns its own share of it")
     fits = {name: groups for name, groups in layout.groups().items() if part == "routed" and _meets(table, groups)}
-    if len(fits) == 1:
-        name, groups = fits.popitem()
+    if fits:
+        name, groups = next(iter(fits.items()))
         told = "; ".join(map(ranks_text, groups))
         return Cause(
-            "B8", {}, f"{_is(what)} summed over {name} alone ({told}): a sum over {layout.beside(name)} is missing"
-        )
+            "B8", {}, f"{_is(what)} summed over {name} alone ({told}){times}: a sum over {layout.beside(name)} is missing"
+        )  # fmt: skip
     met = {rank: tuple(shard for shard, count in enumerate(row) if count == "1") for rank, row in table.items()}
-    if all(
+    if not times and all(
         mine[rank] in met[rank] and all(met[other] == met[rank] for other in met[rank] if other in met) for rank in met
     ):
         groups_text = "; ".join(layout.holders(part, group) for group in dict.fromkeys(met.values()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from harness.algebra import (
     read_with_input,
     symbol_values,
 )  # fmt: skip
-from harness.causes import find_causes, uneven_causes, uneven_shares, unexplained
+from harness.causes import Cause, find_causes, uneven_causes, uneven_shares, unexplained
 from harness.layout import Layout
 from harness.mixtures import mixture_story
 from harness.parts import LETTERS, expert_parts
@@ -59,13 +59,17 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     whole = _each(evidence, read_whole)
     if whole is not None and all(reading.is_symbolic for reading in whole.values()):
         return _algebra_sentence(evidence, whole)
+    halves = _some_columns_cause(evidence)
+    if halves is not None:
+        return halves
     recovered = recover(evidence)
     recent = _variant_cause(evidence, recovered, recent=True)
     if recent is not None:
         return recent
     shares = whole or _each(evidence, lambda e, rank: read_whole(e, rank) or read_shares(e, rank))
     if shares is not None and all(reading.is_symbolic for reading in shares.values()):
-        return _algebra_sentence(evidence, shares)
+        told = _algebra_sentence(evidence, shares)
+        return told if told.family is not None else _placed(mixture_story(evidence)) or told
     placed = (
         _input_cause(evidence)
         or _some_rows_cause(evidence, symbolic=True)
@@ -180,6 +184,9 @@ def _algebra_sentence(evidence: Evidence, readings: Mapping[int, Reading], rows_
             name for cause in causes for symbol in cause.symbols.values() for name in layout.sizes if name in symbol
         }
         why += _same_size(given, layout, sizes)
+    served_twice = rows_text.startswith(" in ") and "tokens" in rows_text and not first.uneven
+    if served_twice and any(layout.sizes.get(symbol.rpartition("*")[2]) == 2 for symbol in first.symbols.values()):
+        causes, why = [Cause("G9", {}, "")], "those tokens are served twice"
     even = everywhere and not first.own_only and not first.uneven and not rows_text
     sentence = f"y = {formula(first)} instead of {formula(lawful)}{where}{rows_text} ({s_text}{layout.text}): {why}"
     return Diagnosis(sentence, causes[0].family if causes else None, "output", dict(first.symbols) if even else {})
@@ -224,6 +231,30 @@ def _some_rows_cause(evidence: Evidence, *, symbolic: bool) -> Diagnosis | None:
     else:
         where = " in some tokens (" + "; ".join(f"rank {rank}: {numbers_text(rows[rank])}" for rank in off[:4]) + ")"
     return _algebra_sentence(evidence, told, where)
+
+
+def _some_columns_cause(evidence: Evidence) -> Diagnosis | None:
+    """The parts' factors in the wrong columns alone, where all rows are right in the other columns."""
+    given = evidence.given
+    rows_RM = evidence.wrong_RM & evidence.decided_M
+    if not bool(rows_RM.any()) or rows_RM.shape[1] < 2:
+        return None
+    limit_M1 = RESIDUAL_LIMIT * (evidence.naive_M + evidence.naive_M.mean())[:, None] / given.spec.hidden_size**0.5
+    off_RMH = torch.stack([(output - given.stages.output_MH).abs() for output in evidence.outputs]) > limit_M1
+    wrong_H = off_RMH[rows_RM].double().mean(0) > 0.5
+    if (
+        not bool(wrong_H.any())
+        or 4 * int(wrong_H.sum()) > 3 * len(wrong_H)
+        or bool(off_RMH[rows_RM][:, ~wrong_H].any())
+    ):
+        return None
+    alone = replace(evidence, columns_H=wrong_H)
+    readings = _each(alone, lambda e, rank: read_whole(e, rank) or read_shares(e, rank))
+    if readings is None or not all(reading.is_symbolic for reading in readings.values()):
+        return None
+    numbers = numbers_text(wrong_H.nonzero()[:, 0].tolist())
+    told = _algebra_sentence(alone, readings, f" in columns {numbers} of {len(wrong_H)}")
+    return told if told.family is not None else None
 
 
 def _placed(story: Story | None) -> Diagnosis | None:

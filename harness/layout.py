@@ -23,7 +23,10 @@ class Layout:
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes that a factor can be, by name, but for those of 1."""
-        named = {"tp": self.grid.tp, "dp": self.grid.dp, "ep": self.grid.ep, "ranks": self.grid.ranks}
+        grid = self.grid
+        named = {"tp": grid.tp, "dp": grid.dp, "ep": grid.ep}
+        if grid.tp > 1 and grid.dp > 1 and grid.ep < grid.ranks:  # else one of these is all ranks already
+            named["ranks"] = grid.ranks
         return {name: size for name, size in named.items() if size > 1}
 
     @property

@@ -1,7 +1,7 @@
 """Experts on the wrong rank or in the wrong slot: what a router's weights, read off the output, say of the placement.
 
 A token's weights go to the rank that is thought to hold its experts, and there to a slot. If map and weights disagree,
-expert f computes what was meant for others, in a way that the layout tells.
+expert f computes what was meant for others; if a rank treats its own slots apart, weights change by rank.
 """
 
 from __future__ import annotations
@@ -14,14 +14,50 @@ from torch import Tensor
 from harness.layout import Layout
 
 
-def placement_story(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor, layout: Layout) -> str | None:
-    """The one disagreement of map and weights that explains all weights; None if there is none, or no expert parallelism."""
+def placement_story(
+    law_ME: Tensor, found_ME: Tensor, near_M1: Tensor, layout: Layout, rank: int
+) -> tuple[str, str] | None:
+    """rank: whose output it is. Family and sentence of the one mistake that explains all weights; None if there is none, or no expert parallelism."""
     if layout.owners is None or layout.grid.ep == 1 or law_ME.shape[1] != len(layout.owners):
         return None
     for sentence, serves_EE in _disagreements(layout):
         if bool(((law_ME @ serves_EE - found_ME).abs() <= near_M1).all()):
-            return sentence
+            return "F7", f"the right weights go to wrong experts: {sentence}"
+    for family, sentence, weights_ME in _weighings(law_ME, layout, rank // layout.grid.moe_tp):
+        if bool(((weights_ME - found_ME).abs() <= near_M1).all()):
+            return family, sentence
     return None
+
+
+def _weighings(law_ME: Tensor, layout: Layout, home: int) -> Iterator[tuple[str, str, Tensor]]:
+    """What a rank makes of the weights that reach it: family, sentence, the weights as they then count."""
+    owners = layout.owners
+    assert owners is not None  # placement_story asks
+    owner_E, ranks = torch.tensor(owners), layout.grid.ep
+    same_EE = (owner_E[:, None] == owner_E).double()
+    visits_ME = (law_ME != 0).double()
+    with_me_ME = visits_ME @ same_EE  # how many of the token's experts the rank of expert e holds
+    yield (
+        "B14",
+        "a token with several experts on one rank is served there once for each of them: sent once a slot, not once a rank",
+        law_ME * with_me_ME,
+    )
+    by_rank_ME = law_ME @ same_EE
+    yield (
+        "D6",
+        "each ep rank renormalises the weights of its own experts, instead of all K together",
+        torch.where(law_ME != 0, law_ME / by_rank_ME.clamp(min=1e-30), 0.0) * law_ME.sum(-1, keepdim=True),
+    )
+    afar_E = owner_E != home
+    told = f"the router weights are not used for experts on other ranks than the token's own, here ep rank {home}"
+    yield "D11", told, torch.where(afar_E & (law_ME != 0), 1.0, law_ME)
+    away_ME = law_ME.sum(-1, keepdim=True) - by_rank_ME  # the weights of experts that e's rank does not hold
+    held = [[e for e, owner in enumerate(owners) if owner == rank] for rank in range(ranks)]
+    for family, which, place in (("G1", "last", -1), ("G3", "first", 0)):
+        catches_E = torch.zeros(len(owners), dtype=torch.float64)
+        catches_E[[experts[place] for experts in held if experts]] = 1.0
+        sentence = f"the id -1 of experts that are elsewhere is taken for the {which} expert of each rank"
+        yield family, sentence, law_ME + away_ME * catches_E
 
 
 def _disagreements(layout: Layout) -> Iterator[tuple[str, Tensor]]:

@@ -9,13 +9,20 @@ import torch
 from torch import Tensor
 
 from harness.algebra import RESIDUAL_LIMIT, Evidence, fit_symbol, law, symbol_values
-from harness.parts import LETTERS, parts
+from harness.layout import ROUTED
+from harness.parts import LETTERS, parts, rank_shares, shares
 from harness.recover import Story
 
 
 def mixture_story(evidence: Evidence) -> Story | None:
     """What one sum over ranks with other tokens, or a wrong table of rows in the combine, would explain."""
-    return _added(evidence) or _scattered(evidence)
+    return (
+        _added(evidence)
+        or _cut_over_all(evidence)
+        or _constant(evidence)
+        or _misrouted(evidence)
+        or _scattered(evidence)
+    )
 
 
 def _added(evidence: Evidence) -> Story | None:
@@ -86,6 +93,115 @@ def _cross_fit(evidence: Evidence, rank: int, rows: Tensor, others: list[Tensor]
     if any(symbol not in names for symbol in extra.values()):
         return None
     return " and ".join(f"{LETTERS[name]} x {symbol}" for name, symbol in extra.items() if symbol != "0")
+
+
+def _cut_over_all(evidence: Evidence) -> Story | None:
+    """The shared experts in pieces for all ranks, as the routed ones are, and summed over tp alone."""
+    given, grid = evidence.given, evidence.layout.grid
+    if grid.dp == 1 or given.spec.shared is None or given.spec.shared.intermediate_size % grid.ranks:
+        return None
+    rest_MH = given.stages.output_MH - given.spec.output.share * given.stages.shared_MH
+    pieces = [part for part in shares(given, grid.ranks) if part.name in ("shared", "shared bias")]
+    for rank, output in enumerate(evidence.outputs):
+        mine = {rank - rank % grid.tp + t for t in range(grid.tp)}
+        kept = [part.value_MH for part in pieces if part.shard is None or part.shard in mine]
+        foretold_MH = rest_MH + given.spec.output.share * torch.stack(kept).sum(0)
+        held_M = evidence.held_RM[rank]
+        miss_M = (output - foretold_MH).norm(dim=-1)[held_M]
+        if not bool((miss_M <= RESIDUAL_LIMIT * (evidence.naive_M + evidence.naive_M.mean())[held_M]).all()):
+            return None
+    told = "the shared experts are cut over all ranks, as the routed ones are, but summed over tp alone: S lacks the pieces "
+    return Story("B5", "shared", told + "that ranks of other dp ranks hold")
+
+
+def _constant(evidence: Evidence) -> Story | None:
+    """All columns of a row are off by the same number: a workspace that was filled, not computed, has been added."""
+    miss_MH = (evidence.assembled_MH - evidence.given.stages.output_MH)[evidence.wrong_RM.any(0)]
+    naive_M = evidence.naive_M[evidence.wrong_RM.any(0)]
+    level_M1 = miss_MH.mean(-1, keepdim=True)
+    growth = 1.0 + float(level_M1.abs().max())
+    if miss_MH.shape[1] < 2 or not evidence.ranks_agree:
+        return None
+    if not bool(((miss_MH - level_M1).norm(dim=-1) <= RESIDUAL_LIMIT * growth * (naive_M + naive_M.mean())).all()):
+        return None
+    least, most = f"{float(level_M1.min()):.3g}", f"{float(level_M1.max()):.3g}"
+    by = least if least == most else f"{least} to {most}"
+    return Story(
+        "G2", "routed", f"all columns of a row are off by the same number, {by}: slots that nobody wrote are added"
+    )
+
+
+def _misrouted(evidence: Evidence) -> Story | None:
+    """Each row is a sum of what ranks computed, but for other tokens: the combine reads a wrong table of rows."""
+    given, layout = evidence.given, evidence.layout
+    held = [part for part in rank_shares(given, layout) if part.name in ROUTED]
+    if not any(part.shard for part in held) or not evidence.ranks_agree or given.spec.experts.latent_bias:
+        return None
+    results: dict[int, Tensor] = {}
+    for part in held:
+        rank = part.shard or 0  # where every rank has a piece of all experts, the first adds their biases
+        value_MH = given.spec.output.share * given.spec.scale * part.value_MH
+        results[rank] = results[rank] + value_MH if rank in results else value_MH
+    ranks, tokens = list(results), given.stages.output_MH.shape[0]
+    words_JH = torch.cat([results[rank] for rank in ranks])
+    used_J = words_JH.norm(dim=-1) > 0
+    rest_MH = evidence.assembled_MH - (
+        given.stages.output_MH - given.spec.output.share * given.spec.scale * given.stages.routed_MH
+    )
+    wrong = evidence.wrong_RM.any(0).nonzero()[:, 0].tolist()
+    limit_M = RESIDUAL_LIMIT * (evidence.naive_M + evidence.naive_M.mean())
+    told: list[str] = []
+    solved, whole = 0, []
+    for row in wrong:
+        picked = _sum_of_words(rest_MH[row], words_JH, used_J, float(limit_M[row]), len(ranks) + 1)
+        if picked is None:
+            continue
+        solved += 1
+        whole.append((row, {j % tokens for j in picked}))
+        strangers = [(ranks[j // tokens], j % tokens) for j in picked if j % tokens != row]
+        if strangers and len(told) < 2:
+            told.append(
+                f"token {row} gets " + ", ".join(f"rank {rank}'s result for token {m}" for rank, m in strangers[:2])
+            )
+    if not told or solved < max(2, (3 * len(wrong) + 3) // 4):
+        return None
+    if all(len(sources) <= 1 for _, sources in whole):
+        return _whole_rows(whole, evidence)
+    return Story(
+        "B11", "output",
+        f"the combine adds results to the wrong tokens: {'; '.join(told)} ({solved} of {len(wrong)} wrong rows are such sums)",
+    )  # fmt: skip
+
+
+def _whole_rows(found: list[tuple[int, set[int]]], evidence: Evidence) -> Story:
+    """found: rows, and the token whose R each of them holds, if it holds any."""
+    rank_of = evidence.held_RM.int().argmax(0)
+    moves = [(row, next(iter(sources))) for row, sources in found if sources]
+    abroad = all(bool(rank_of[row] != rank_of[m]) for row, m in moves)
+    told = ", ".join(f"token {row} gets that of token {m}" for row, m in moves[:3])
+    empty = [row for row, sources in found if not sources]
+    told += f"; {len(empty)} token{'s get' if len(empty) > 1 else ' gets'} nothing" if empty else ""
+    why = "gather and scatter do not cut the rows by the same sizes"
+    return Story("B12" if abroad or empty else "H2", "output", f"rows of R stand at the wrong tokens: {told}: {why}")
+
+
+def _sum_of_words(target_H: Tensor, words_JH: Tensor, used_J: Tensor, limit: float, most: int) -> list[int] | None:
+    """The few words whose plain sum is the target, found greedily; None if there are none. [] for a target of 0."""
+    picked: list[int] = []
+    left_H, norms_J = target_H, words_JH.norm(dim=-1).clamp(min=1e-30)
+    while float(left_H.norm()) > limit:
+        if len(picked) == most:
+            return None
+        likeness_J = (words_JH @ left_H / norms_J).masked_fill(~used_J, -1.0)
+        likeness_J[picked] = -1.0
+        picked.append(int(likeness_J.argmax()))
+        chosen_JH = words_JH[picked]
+        factors = torch.linalg.lstsq(chosen_JH.T, target_H[:, None], driver="gelsd").solution[:, 0]
+        left_H = target_H - factors @ chosen_JH
+        if float(left_H.norm()) <= limit:
+            right = bool(((factors - 1).abs() <= 0.02).all())
+            return picked if right and float((target_H - chosen_JH.sum(0)).norm()) <= 4 * limit else None
+    return picked
 
 
 def _scattered(evidence: Evidence) -> Story | None:

@@ -103,9 +103,9 @@ def routing_story(evidence: Evidence, recovered: Recovered) -> Story | None:
         return Story("H2", "topk_ids", f"tokens are routed as other tokens: {moved}")
     if bool(((law_ME[rows] - found_ME).abs() <= near_M1).all()):
         return None  # the weights are right where they can be told
-    misplaced = placement_story(law_ME[rows], found_ME, near_M1, evidence.layout)
+    misplaced = placement_story(law_ME[rows], found_ME, near_M1, evidence.layout, recovered.rank)
     if misplaced is not None:
-        return Story("F7", "routed", f"the right weights go to wrong experts: {misplaced}")
+        return Story(misplaced[0], "routed", misplaced[1])
     for story in (_permuted, _renamed, _rescaled):
         told = story(law_ME[rows], found_ME, near_M1)
         if told is not None:
@@ -253,6 +253,9 @@ def rows_story(evidence: Evidence) -> Story | None:
         if moved is not None and source_M is not None:
             ranks = _exchanged(rows, source_M, evidence)
             family = "H2" if ranks is None else "B12"
+            if ranks is not None and name == "S":
+                told = f"the shared experts read the dispatched batch, not the rank's own tokens: {moved} in S"
+                return Story("C2", "shared", told)
             return Story(family, "output", f"rows of {name} stand at the wrong tokens{ranks or ''}: {moved}")
     return _columns_story(evidence, rows, limit_M) or _unsummed_story(evidence, rows, limit_M)
 
@@ -292,24 +295,24 @@ def _columns_story(evidence: Evidence, rows: Tensor, limit_M: Tensor) -> Story |
 def _unsummed_story(evidence: Evidence, rows: Tensor, limit_M: Tensor) -> Story | None:
     """Blocks of rows, or of columns, each of which is one rank's partial sum: gathered where they were to be summed."""
     given, layout = evidence.given, evidence.layout
-    held = rank_shares(given, layout)
+    held, grid = rank_shares(given, layout), layout.grid
     if not any(part.shard for part in held) or any(part.shard is None for part in held):
         return None
-    partial_RMH = torch.zeros(layout.grid.ranks, *evidence.outputs[0].shape, dtype=torch.float64)
+    partial_RMH = torch.zeros(grid.tp, *evidence.outputs[0].shape, dtype=torch.float64)
     for part in held:
-        mine = [rank for rank in range(layout.grid.ranks) if layout.own(part.name, rank) == part.shard]
-        partial_RMH[mine] += given.spec.output.share * (given.spec.scale if part.scaled else 1.0) * part.value_MH
+        assert part.shard is not None  # sorted out above
+        factor = given.spec.output.share * (given.spec.scale if part.scaled else 1.0)
+        partial_RMH[part.shard % grid.tp] += factor * part.value_MH  # a sum over dp, if there is one, has taken place
     miss_RMH = (evidence.assembled_MH - partial_RMH)[:, rows]
     by_row = (miss_RMH.norm(dim=-1) <= limit_M[rows]).double()
     by_column = (miss_RMH.norm(dim=1) <= limit_M[rows].norm() / miss_RMH.shape[-1] ** 0.5).double()
+    dp_rank = evidence.held_RM.int().argmax(0)[rows] // grid.tp
     for what, fits in (("rows", by_row), ("columns", by_column)):
-        ranks = fits.argmax(0).tolist()
-        if bool(fits.any(0).all()) and len(set(ranks)) > 1 and ranks == sorted(ranks):
-            return Story(
-                "B7",
-                "output",
-                f"the {what} are cut into blocks, each of them one rank's partial sum: gathered, not summed",
-            )
+        ranks = fits.argmax(0)
+        place = ranks if what == "columns" else dp_rank * grid.tp + ranks
+        if bool(fits.any(0).all()) and len(set(ranks.tolist())) > 1 and bool((place.diff() >= 0).all()):
+            told = f"the {what} are cut into blocks, each of them one rank's partial sum: gathered, not summed"
+            return Story("B7", "output", told)
     return None
 
 
