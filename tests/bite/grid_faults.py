@@ -656,7 +656,7 @@ def _unwritten_slots(value: float) -> Callable[..., Tensor]:
 def _stale_window(layer: Layer, x: Tensor) -> Tensor:
     """A first call with other tokens leaves its answers in the window, and nobody clears it."""
     layer.window = torch.zeros_like(x)
-    Layer.routed(layer, x.flip(0))
+    Layer.routed(layer, x.flip(1))
     return Layer.routed(layer, x)
 
 
@@ -883,6 +883,105 @@ def _fewer_columns_on_the_last(layer: Layer, x: Tensor) -> Tensor | None:
     return Layer.shared(layer, x)
 
 
+# -- traps: what resembles another fault, several at once, and what no rule can explain
+
+
+def _constant_on_each_rank(layer: Layer, y: Tensor) -> Tensor:
+    return layer.tp.all_reduce(y + 0.5)
+
+
+def _noise_on_one_rank(layer: Layer, y: Tensor) -> Tensor:
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y.dtype)
+    return layer.tp.all_reduce(y + 0.1 * noise if layer.tp.rank == layer.tp.size - 1 else y)
+
+
+def _five_percent_on_the_last_rank(layer: Layer) -> None:
+    Layer.load(layer)
+    if _last_rank(layer):
+        layer.down = layer.down * 1.05
+
+
+def _two_experts_exchanged(layer: Layer) -> list[list[int]]:
+    """The first expert of the first ep rank and the last of the last are loaded in each other's place."""
+    held = Layer.place(layer)
+    held[0][0], held[-1][-1] = held[-1][-1], held[0][0]
+    return held
+
+
+def _numbered_in_order(layer: Layer) -> None:
+    """Slots are numbered as if experts were placed in order."""
+    held, layer.held = layer.held, Layer.place(layer)
+    Layer.number(layer)
+    layer.held = held
+
+
+def _square_roots_on_rank_1(layer: Layer, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+    return Layer.experts(layer, x, w.sqrt() if layer.rank == 1 else w, ids)
+
+
+def _previous_tokens_on_rank_1(layer: Layer, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+    """Rank 1's experts read the row before, along the right routes."""
+    return Layer.experts(layer, x.roll(1, 0) if layer.rank == 1 else x, w, ids)
+
+
+def _shared_of_its_share(layer: Layer, partial: Tensor, sizes: list[int]) -> Tensor:
+    """R is multiplied by the dp rank's part of all tokens."""
+    y = Layer.scattered(layer, partial, sizes)
+    return y * (sizes[layer.dp.rank] / max(sum(sizes), 1))
+
+
+def _every_third_slot_lost_on_rank_1(layer: Layer, rows: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    kept = torch.arange(len(rows)) % 3 != 2 if layer.rank == 1 else torch.arange(len(rows)) >= 0
+    return rows[kept], slot[kept]
+
+
+def _last_rank_subtracted(layer: Layer, y: Tensor) -> Tensor:
+    return layer.tp.all_reduce(-y if layer.tp.rank == layer.tp.size - 1 else y)
+
+
+def _clamp_lost_on_the_last_rank(layer: Layer, gate: Tensor, up: Tensor) -> Tensor:
+    rule = layer.spec.experts.activation
+    if not _last_rank(layer):
+        return Layer.activated(layer, gate, up)
+    return gate * torch.sigmoid(gate * rule.alpha) * (up + rule.up_offset)
+
+
+def _gate_lost_on_one_rank(layer: Layer, x: Tensor) -> Tensor | None:
+    s = Layer.shared(layer, x)
+    gate = torch.sigmoid(F.linear(x, layer.weights["shared_gate"]))
+    return s / gate if layer.tp.rank == layer.tp.size - 1 and s is not None else s
+
+
+def _routed_twice_shared_never(layer: Layer, routed: Tensor, shared: Tensor | None) -> Tensor:
+    routed = layer.total(layer.total(routed))
+    return routed if shared is None else routed + shared
+
+
+def _one_nan_on_the_last_dp_rank(layer: Layer, y: Tensor) -> Tensor:
+    y = layer.tp.all_reduce(y)
+    if layer.dp.rank == layer.dp.size - 1 and len(y) > 1:
+        y[1, 0] = torch.nan
+    return y
+
+
+def _late_on_the_last_rank(layer: Layer, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+    """The last rank's experts read the hidden states of the layer before: here the columns in reverse."""
+    return Layer.experts(layer, x.flip(1) if _last_rank(layer) else x, w, ids)
+
+
+def _one_pair_exchanged(layer: Layer, partial: Tensor, sizes: list[int]) -> Tensor:
+    """The last row of one dp rank and the first row of the next are exchanged."""
+    if len(sizes) == 1 or 0 in sizes:
+        return Layer.scattered(layer, partial, sizes)
+    order = torch.arange(len(partial))
+    order[[sizes[0] - 1, sizes[0]]] = order[[sizes[0], sizes[0] - 1]]
+    return Layer.scattered(layer, partial[order], sizes)
+
+
+def _columns_rolled_on_one_rank(layer: Layer, y: Tensor) -> Tensor:
+    return layer.tp.all_reduce(y.roll(1, 1) if layer.tp.rank == layer.tp.size - 1 else y)
+
+
 # -- decisions that outlive their reason
 
 
@@ -1053,7 +1152,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "shared_cut_over_all_ranks": Fault(
         family="B8 B5 F9", says="S is cut over all ranks and summed over tp: the other dp ranks' pieces are missing",
-        words=("S", "missing|counted 0"), models=WITH_SHARED, shows="dp2 tp2.dp2 tp2.ep4.dp2", lawful="tp2 tp4.ep2", how={"load": _shared_cut_over_all_ranks},
+        words=("S lacks the pieces|missing|counted 0",), models=WITH_SHARED, shows="dp2 tp2.dp2 tp2.ep4.dp2", lawful="tp2 tp4.ep2", how={"load": _shared_cut_over_all_ranks},
     ),
     "scattered_without_sum": Fault(
         family="B7", says="over tp each rank's block of rows is its own partial sum", words=("one rank's partial sum",),
@@ -1125,12 +1224,12 @@ FAULTS: dict[str, Fault] = {
         shows="ep4.dp4.tokens32 tp2.ep4.dp2.tokens32 ep2.dp2", lawful="tp2 tp4.ep2", how={"scattered": _next_ranks_rows},
     ),
     "equal_sizes_assumed": Fault(
-        family="B12 H2", says="every dp rank is taken to have as many tokens", words=("rows",),
+        family="B12 H2 B11", says="every dp rank is taken to have as many tokens", words=("rows of R|results to the wrong tokens",),
         shows="dp2.tokens20_4 ep2.dp2.tokens3_9 tp2.ep4.dp2.tokens9_24", lawful="dp2.tokens32 tp2.ep4.dp2.tokens16_16 tp2 dp2",
         how={"scattered": _equal_blocks},
     ),
     "padding_left_in": Fault(
-        family="B12 H2", says="blocks are padded for the gather and cut by their true sizes for the scatter", words=("rows",),
+        family="B12 H2 B11", says="blocks are padded for the gather and cut by their true sizes for the scatter", words=("rows of R|results to the wrong tokens",),
         shows="dp2.tokens4_20 ep2.dp2.tokens3_9 ep4.dp4.tokens5_1_9_3", lawful="dp2.tokens32 dp2 tp2 ep2.dp2.tokens9_3",
         how={"by_gather": _padding_left_in},
     ),
@@ -1150,15 +1249,15 @@ FAULTS: dict[str, Fault] = {
     ),
     # -- sending
     "neighbours_table": Fault(
-        family="B11 H2", says="answers are added to the rows that went to the next rank", words=("results of experts stand at other tokens",), on="send", models=SPREAD,
+        family="B11 H2", says="answers are added to the rows that went to the next rank", words=("(wrong|other) tokens",), on="send", models=SPREAD,
         shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2 ep2.dp2", lawful="tp2 tp1", how={"combined": _neighbours_table},
     ),
     "answers_by_arrival": Fault(
-        family="B11 H2", says="answers are added in the order in which they come", words=("results of experts stand at other tokens",), on="send", models=SPREAD,
+        family="B11 H2", says="answers are added in the order in which they come", words=("(wrong|other) tokens",), on="send", models=SPREAD,
         shows="tp4.ep4 tp4.ep2 tp2.ep4.dp2 ep2.dp2", lawful="tp2 tp1", how={"combined": _by_arrival},
     ),
     "answers_to_the_neighbour": Fault(
-        family="B11 H2 B12", says="each sender gets the answers that its neighbour waits for", words=("results of experts stand at other tokens",), on="send",
+        family="B11 H2 B12", says="each sender gets the answers that its neighbour waits for", words=("(wrong|other) tokens",), on="send",
         shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2 ep2.dp2", lawful="tp2 tp1", how={"answers": _to_the_neighbour},
     ),
     "sent_once_a_slot": Fault(
@@ -1210,7 +1309,7 @@ FAULTS: dict[str, Fault] = {
         shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2 tp2.dp2", how={"load": _experts_of_rank_0},
     ),
     "piece_0_everywhere": Fault(
-        family="F9", says="every rank loads the first piece of its experts", words=("computes the share of R of rank 0|first piece",),
+        family="F9", says="every rank loads the first piece of its experts", words=("shares? of R of ranks? 0", "never"),
         shows="tp2 tp4.ep2 tp2.dp2 tp2.ep2.dp2", lawful="tp1 tp4.ep4 tp2.ep4.dp2", how={"load": _piece_0},
     ),
     "cut_over_tp": Fault(
@@ -1218,7 +1317,7 @@ FAULTS: dict[str, Fault] = {
         shows="dp2 tp2.dp2", lawful="tp2 tp4 tp2.ep4.dp2", how={"load": _cut_over_tp},
     ),
     "pieces_by_tp_rank": Fault(
-        family="F9", says="a rank's piece is its number in tp, though all ranks share the experts", words=("the share of R of rank",),
+        family="F9", says="a rank's piece is its number in tp, though all ranks share the experts", words=("shares? of R of ranks? 0", "never"),
         shows="dp2 tp2.dp2", lawful="tp2 tp4.ep2 tp2.ep4.dp2 tp2.ep2.dp2", how={"load": _pieces_by_tp_rank},
     ),
     "place_by_modulo": Fault(
@@ -1409,6 +1508,74 @@ FAULTS: dict[str, Fault] = {
         family="E3 B8", says="the last tp rank lost half of its piece of S", words=("S",), models=WITH_SHARED,
         shows="tp2 tp4.ep4 tp2.ep4.dp2", how={"shared": _fewer_columns_on_the_last},
     ),
+    # -- traps: what resembles another fault, several at once, and what no rule can explain
+    "constant_on_each_rank": Fault(
+        family="", says="each rank adds 0.5 before the sum", words=("number|unknown",), shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", how={"total": _constant_on_each_rank},
+    ),
+    "noise_on_one_rank": Fault(
+        family="", says="the last tp rank's partial sum has noise", words=("unknown",), shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", how={"total": _noise_on_one_rank},
+    ),
+    "five_percent_on_one_rank": Fault(
+        family="", says="the last rank's w2 is 1.05 of what it should be", words=("1.05|unknown|experts? 1",), shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2",
+        how={"load": _five_percent_on_the_last_rank},
+    ),
+    "two_experts_exchanged": Fault(
+        family="F7", says="the first and the last expert are loaded in each other's place", words=("expert",), shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1.tokens0",
+        how={"place": _two_experts_exchanged, "number": _numbered_in_order},
+    ),
+    "square_roots_on_rank_1": Fault(
+        family="", says="rank 1 takes the square root of the weights", words=("no rule|unknown",), shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", how={"experts": _square_roots_on_rank_1},
+    ),
+    "previous_tokens_on_rank_1": Fault(
+        family="H2", says="rank 1's experts read the row before, along the right routes", words=("rank 1",), shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2",
+        how={"experts": _previous_tokens_on_rank_1},
+    ),
+    "share_of_the_tokens": Fault(
+        family="", says="R is multiplied by the dp rank's part of all tokens", words=("R",), shows="dp2.tokens9_24 tp2.ep4.dp2.tokens24_8",
+        lawful="tp2 tp4.ep2", how={"scattered": _shared_of_its_share},
+    ),
+    "slots_lost_on_rank_1": Fault(
+        family="G9", says="rank 1 loses every third token of each expert", words=("pairs do not count",), shows="tp2.ep2 tp4.ep4 tp2.ep4.dp2",
+        how={"served": _every_third_slot_lost_on_rank_1},
+    ),
+    "last_rank_subtracted": Fault(
+        family="sign", says="the last tp rank's partial sum is subtracted", words=("-",), shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", how={"total": _last_rank_subtracted},
+    ),
+    "clamp_lost_on_one_rank": Fault(
+        family="F3", says="the last rank's experts do not clamp", words=("clamp",), models=WITH_BIAS, shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2",
+        how={"activated": _clamp_lost_on_the_last_rank},
+    ),
+    "shared_gate_lost_on_one_rank": Fault(
+        family="E1", says="the last tp rank's piece of S is not gated", words=("gate",), models=("qwen2_moe",), shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2",
+        how={"shared": _gate_lost_on_one_rank},
+    ),
+    "routed_twice_shared_never": Fault(
+        family="B2 B5", says="R is summed twice, S never", words=("R x tp", "left partial|S is not reduced"), models=WITH_SHARED, shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 ep2.dp2",
+        how={"finish": _routed_twice_shared_never},
+    ),
+    "wraps_and_shared_per_rank": Fault(
+        family="G1 B3", says="-1 wraps to the last local expert, and S is summed once per rank", words=("unknown|S x|-1",), models=WITH_SHARED,
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", how={"locally": _minus_one_wraps, "load": _shared_whole},
+    ),
+    "off_by_one_and_scaled_twice": Fault(
+        family="F7 A1", says="ranks beyond the first compute the next of their experts, and s counts twice", words=("off by|s.2|twice",),
+        models=WITH_SCALE, shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", how={"locally": _one_further, "experts": _scaled_again_with_ep},
+    ),
+    "one_nan_on_the_last_dp_rank": Fault(
+        family="G5", says="one number of the last dp rank's second token is NaN", words=("NaN in 1 of", "token 18"), shows="dp2 tp2.ep4.dp2",
+        lawful="dp2.tokens5_1", how={"total": _one_nan_on_the_last_dp_rank},
+    ),
+    "late_on_the_last_rank": Fault(
+        family="", says="the last rank's experts read other hidden states", words=("unknown",), shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", how={"experts": _late_on_the_last_rank},
+    ),
+    "one_pair_exchanged": Fault(
+        family="H2 B11 B12", says="the last row of one dp rank and the first of the next are exchanged", words=("token 1[67]|tokens 16, 17|16, 17",),
+        shows="dp2 tp2.ep4.dp2", lawful="tp2 dp2.tokens0_5", how={"scattered": _one_pair_exchanged},
+    ),
+    "columns_rolled_on_one_rank": Fault(
+        family="H4", says="the last tp rank's columns are rolled by one before the sum", words=("column|unknown",), shows="tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2",
+        how={"total": _columns_rolled_on_one_rank},
+    ),
     # -- decisions that outlive their reason
     "summed_again_beyond_16": Fault(
         family="B2", says="beyond 16 tokens the sum is made twice", words=("reduced twice",),
@@ -1428,7 +1595,7 @@ FAULTS: dict[str, Fault] = {
         shows="tp2.ep2 tp2 ep2.dp2 tp2.ep4.dp2", lawful="tp2.tokens1", how={"forward": _warmed_up_with_as_many, "route": _remembered_routes},
     ),
     "table_of_the_first_call": Fault(
-        family="B11 H2", says="answers of the second call are added by the rows of the first", words=("results of experts stand at other tokens",), on="send", models=SPREAD,
+        family="B11 H2", says="answers of the second call are added by the rows of the first", words=("(wrong|other) tokens",), on="send", models=SPREAD,
         shows="tp2.ep2 tp4.ep4 ep2.dp2 tp2.ep4.dp2", lawful="tp2.ep2.tokens1",
         how={"forward": _warmed_up_with_as_many, "combined": _remembered_table},
     ),
