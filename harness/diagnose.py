@@ -29,9 +29,10 @@ from harness.algebra import (
 from harness.causes import Cause, find_causes, uneven_causes, uneven_shares, unexplained
 from harness.layout import Layout
 from harness.mixtures import mixture_story
+from harness.one_rank import one_rank_story, piece_story
 from harness.parts import LETTERS, expert_parts
 from harness.problem import Problem
-from harness.recover import Recovered, Story, numbers_text, recover, recoverable, routing_story, rows_story
+from harness.recover import Recovered, Story, numbers_text, recover, recoverable, routing_story, rows_story, suspects
 from harness.variants import Variant, variants
 from reference.spec import SpecError
 
@@ -84,7 +85,9 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     if shares is not None:
         return _algebra_sentence(evidence, shares)
     return (
-        _expert_cause(evidence)
+        _placed(one_rank_story(evidence))
+        or _placed(piece_story(evidence))
+        or _expert_cause(evidence)
         or _router_cause(evidence, recovered)
         or _some_rows_cause(evidence, symbolic=False)
         or _unknown(evidence)
@@ -282,7 +285,7 @@ def _variant_cause(evidence: Evidence, recovered: Recovered | None, *, recent: b
     picks_MK = None if recovered is None else recovered.picks_MK
     told_by_router = recoverable(evidence.given)
     fits: list[_Fit] = []
-    for variant in variants(evidence.given, picks_MK, evidence.tp):
+    for variant in variants(evidence.given, picks_MK, evidence.layout.grid.moe_tp):
         if recent and (variant.family, variant.sentence) not in _recent:
             continue
         if told_by_router and (recovered is None) is variant.routes:
@@ -446,8 +449,8 @@ def _whereabouts(evidence: Evidence, relative: float) -> str:
     columns = wrong_H.nonzero()[:, 0].tolist()
     if columns and len(columns) <= 3 * len(wrong_H) // 4:
         clues.append(f"only columns {numbers_text(columns)} of {len(wrong_H)}")
-    suspects = _suspects(given.stages.topk_ids_MK, wrong_M)
-    if suspects:
+    visited = suspects(given.stages.topk_ids_MK, wrong_M)
+    if visited:
         clues.append(f"exactly the tokens that visit expert {' or '.join(map(str, suspects))}")
     right = [r for r, wrong in enumerate(wrong_RM) if not bool(wrong.any()) and bool(evidence.held_RM[r].any())]
     if given.dtype is torch.float32 and bool(wrong_M.all()) and 2**-12 < relative < 2**-6:
@@ -457,13 +460,3 @@ def _whereabouts(evidence: Evidence, relative: float) -> str:
     elif len(evidence.outputs) > 1:
         clues.append("all ranks alike" if evidence.ranks_agree else "the ranks differ")
     return f" ({'; '.join(clues)})" if clues else ""
-
-
-def _suspects(topk_ids_MK: Tensor, wrong_M: Tensor) -> list[int]:
-    """One or two experts that all wrong tokens visit and no right one does; empty if there are none or more."""
-    visits_ME = torch.zeros(len(wrong_M), int(topk_ids_MK.max()) + 1, dtype=torch.bool).scatter(1, topk_ids_MK, True)
-    only_E = visits_ME[wrong_M].any(0) & ~visits_ME[~wrong_M].any(0)
-    if not bool((~wrong_M).any()) or not bool(visits_ME[wrong_M][:, only_E].any(-1).all()):
-        return []
-    experts = only_E.nonzero()[:, 0].tolist()
-    return experts if len(experts) <= 2 else []

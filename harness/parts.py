@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,6 +95,24 @@ def rank_shares(given: Problem, layout: Layout) -> tuple[Part, ...]:
         cut.append(Part("shared", shard, _forward(given, only.without()).shared_MH, False))
     whole = [part for part in parts(given) if part.name not in ("routed", "shared", "expert bias")]
     return tuple(part for part in (*cut, *whole) if bool(part.value_MH.any()))
+
+
+def share_of(given: Problem, layout: Layout, rank: int) -> Problem:
+    """The same layer with nothing but one rank's share of the routed experts; every token keeps its lawful experts."""
+    assert layout.owners is not None  # where experts have several ranks, no share is a rank's own
+    ep_rank, piece = divmod(rank, layout.grid.moe_tp)
+    mine = tuple(e for e, owner in enumerate(layout.owners) if owner == ep_rank)
+    kept = _Weights(given.spec, given.exact).keep_columns(piece, layout.grid.moe_tp, "w2").keep_experts(mine)
+    others = ("fc2_latent_bias", "shared_w2", "shared_b2", *(("b2",) if piece else ()))
+    exact = kept.without(*others)
+    return replace(given, exact=exact, stages=_forward(given, exact))
+
+
+def piece_of(given: Problem, layout: Layout, expert: int, piece: int) -> Tensor:
+    """What one piece of one expert adds to y, [M, H], s and the output's share included."""
+    kept = _Weights(given.spec, given.exact).keep_columns(piece, layout.grid.moe_tp, "w2").keep_experts((expert,))
+    routed_MH = _forward(given, kept.without("b2", "fc2_latent_bias")).routed_MH
+    return given.spec.output.share * given.spec.scale * routed_MH
 
 
 def layer_input(given: Problem) -> Part:

@@ -357,3 +357,13 @@ def describe_moves(source_M: Tensor | None, verb: str, rows: Tensor, noun: str =
         return f"the order is reversed, {noun} 0 {verb} {noun} {count - 1}"
     told = ", ".join(f"{noun} {m} {verb} {noun} {other}" for m, other in moves[:3])
     return told if len(moves) <= 3 else f"{told}, and {len(moves) - 3} more"
+
+
+def suspects(topk_ids_MK: Tensor, wrong_M: Tensor) -> list[int]:
+    """One or two experts that all wrong tokens visit and no right one does; empty if there are none or more."""
+    visits_ME = torch.zeros(len(wrong_M), int(topk_ids_MK.max()) + 1, dtype=torch.bool).scatter(1, topk_ids_MK, True)
+    only_E = visits_ME[wrong_M].any(0) & ~visits_ME[~wrong_M].any(0)
+    if not bool((~wrong_M).any()) or not bool(visits_ME[wrong_M][:, only_E].any(-1).all()):
+        return []
+    experts = only_E.nonzero()[:, 0].tolist()
+    return experts if len(experts) <= 2 else []

@@ -1,0 +1,88 @@
+"""A wrong rule that some ranks follow alone: the experts of one rank were loaded or computed otherwise than the others'.
+
+Each wrong law of the routed experts is computed once for every rank's share of them; the output then tells in whose
+shares it shows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.algebra import RESIDUAL_LIMIT, Evidence
+from harness.parts import piece_of, share_of
+from harness.recover import Story, suspects
+from harness.variants import variants
+from reference.spec import SpecError
+
+
+def one_rank_story(evidence: Evidence) -> Story | None:
+    """The wrong law that explains the output in the shares of some ranks; None if none does, or if ranks disagree."""
+    given, layout = evidence.given, evidence.layout
+    rows = (evidence.decided_M & evidence.held_RM.any(0)).nonzero()[:, 0]
+    if layout.grid.ranks == 1 or layout.owners is None or not evidence.ranks_agree or len(rows) == 0:
+        return None
+    shares = [share_of(given, layout, rank) for rank in range(layout.grid.ranks)]
+    by_rank = [
+        {v.sentence: v for v in variants(alone, None, 1) if v.stage == "routed" and "shared" not in v.sentence}
+        for alone in shares
+    ]
+    target = (evidence.assembled_MH - given.stages.output_MH)[rows]
+    unit = RESIDUAL_LIMIT * (evidence.naive_M + evidence.naive_M.mean())[rows]
+    for sentence, variant in by_rank[0].items():
+        if any(sentence not in mine for mine in by_rank):
+            continue
+        try:
+            deltas = [
+                (mine[sentence].compute().output_MH - alone.stages.output_MH)[rows]
+                for mine, alone in zip(by_rank, shares, strict=True)
+            ]
+        except SpecError:
+            continue  # this layer cannot get that rule wrong
+        ranks = _explaining(target, deltas, unit)
+        if ranks is not None:
+            return Story(variant.family, "routed", f"{sentence}, on {layout.where(ranks)} alone")
+    return None
+
+
+def piece_story(evidence: Evidence) -> Story | None:
+    """One rank's piece of one or two experts counts otherwise than it should; None if that is not all."""
+    given, layout = evidence.given, evidence.layout
+    grid, wrong_M = layout.grid, evidence.wrong_RM.any(0)
+    if layout.owners is None or grid.moe_tp == 1 or given.spec.vision is not None or not evidence.ranks_agree:
+        return None
+    experts = suspects(given.stages.topk_ids_MK, wrong_M)
+    rows = (evidence.decided_M & wrong_M).nonzero()[:, 0]
+    if not experts or len(rows) == 0:
+        return None
+    holders = [layout.owners[e] * grid.moe_tp + piece for e in experts for piece in range(grid.moe_tp)]
+    pieces = [piece_of(given, layout, e, piece) for e in experts for piece in range(grid.moe_tp)]
+    target = (evidence.assembled_MH - given.stages.output_MH)[rows]
+    matrix = torch.stack([value_MH[rows].flatten() for value_MH in pieces], 1)
+    factors = torch.linalg.lstsq(matrix, target.flatten()[:, None], driver="gelsd").solution[:, 0]
+    left = (target.flatten() - matrix @ factors).view_as(target).norm(dim=-1)
+    limit = RESIDUAL_LIMIT * (evidence.naive_M + evidence.naive_M.mean())[rows]
+    names = [e for e in experts for _ in range(grid.moe_tp)]
+    off = [i for i, factor in enumerate(factors.tolist()) if abs(factor) > 0.02]
+    if not bool((left <= limit).all()) or not off or len(off) == len(pieces):
+        return None
+    told = ", ".join(
+        f"the piece of expert {names[i]} on {layout.where([holders[i]])} counts {round(1 + float(factors[i]), 3):g}"
+        for i in off
+    )
+    return Story("F8", "routed", f"{told} (expected 1), all others right: it was not loaded, or not as it is stored")
+
+
+def _explaining(target_mH: Tensor, deltas: list[Tensor], limit_m: Tensor) -> list[int] | None:
+    """The ranks whose deltas add up to the target; None if they do not, or if all of them are needed."""
+    used = [rank for rank, delta in enumerate(deltas) if bool(delta.any())]
+    if len(used) < 2:
+        return None
+    matrix = torch.stack([deltas[rank].flatten() for rank in used], 1)
+    factors = torch.linalg.lstsq(matrix, target_mH.flatten()[:, None], driver="gelsd").solution[:, 0]
+    counted = [rank for rank, factor in zip(used, factors.tolist(), strict=True) if abs(factor - 1) <= 0.05]
+    others = [factor for factor in factors.tolist() if abs(factor - 1) > 0.05]
+    if not counted or not others or any(abs(factor) > 0.05 for factor in others):
+        return None
+    left_mH = target_mH - torch.stack([deltas[rank] for rank in counted]).sum(0)
+    return counted if bool((left_mH.norm(dim=-1) <= limit_m).all()) else None
