@@ -12,7 +12,7 @@ from torch import Tensor
 from harness.case import Case
 from harness.comm import Communicator
 from harness.runner.layer import FusedMoE
-from harness.runner.plan import Reduced
+from harness.runner.plan import OutputPlan, Reduced
 from harness.systems import Layer
 from harness.systems.runner import RunnerSystem
 
@@ -21,14 +21,14 @@ Plant = Callable[[FusedMoE, Communicator], None]
 
 @dataclass(frozen=True)
 class Faulty(RunnerSystem):
-    """The runner, changed by `plant` right after each rank built it."""
+    """The runner, changed by `plant` right after each rank built it: the layer, not the block of the model around it."""
 
     plant: Plant
 
     def build(self, case: Case, weights: Mapping[str, Tensor], comm: Communicator) -> Layer:
-        layer = super().build(case, weights, comm)
-        self.plant(layer, comm)  # type: ignore[arg-type]
-        return layer
+        block = super().build(case, weights, comm)
+        self.plant(block._layer, comm)  # type: ignore[attr-defined]
+        return block
 
 
 def answering(change: Callable[[Tensor], Tensor]) -> Plant:
@@ -36,7 +36,7 @@ def answering(change: Callable[[Tensor], Tensor]) -> Plant:
 
     def plant(layer: FusedMoE, comm: Communicator) -> None:
         right = layer.runner.forward
-        layer.runner.forward = lambda x, logits: change(right(x, logits))
+        layer.runner.forward = lambda *given: change(right(*given))
 
     return plant
 
@@ -81,23 +81,19 @@ def shared_summed_per_rank(layer: FusedMoE, comm: Communicator) -> None:
     def whole(x: Tensor) -> Tensor:
         return comm.all_reduce(module(x))
 
-    run = layer.runner.shared_experts.run
-
-    def unguarded(planned, moment, x):
-        layer.runner.shared_experts._module = lambda rows: whole(rows)
+    def unguarded(planned, moment, x, micro_batch):
         if planned is moment:
-            layer.runner.shared_experts._output = whole(x)
+            layer.runner.shared_experts._outputs[micro_batch] = whole(x)
 
-    del run
     layer.runner.shared_experts.run = unguarded
 
 
 def shared_left_partial(layer: FusedMoE, comm: Communicator) -> None:
-    def forward(x, logits):
+    def forward(x, logits, num_tokens):
         unreduced = layer.runner.shared_experts._module(x)
         saved, layer.runner.shared_experts = layer.runner.shared_experts, None
         facts, layer.runner.facts = layer.runner.facts, replace(layer.runner.facts, has_shared_experts=False)
-        routed = type(layer.runner).forward(layer.runner, x, logits)
+        routed = type(layer.runner).forward(layer.runner, x, logits, num_tokens)
         layer.runner.shared_experts, layer.runner.facts = saved, facts
         return routed + unreduced
 
@@ -107,10 +103,10 @@ def shared_left_partial(layer: FusedMoE, comm: Communicator) -> None:
 def shared_reads_an_overwritten_buffer(layer: FusedMoE, comm: Communicator) -> None:
     """The kernel works in place and the shared experts run after it on the same buffer."""
 
-    def forward(x, logits):
+    def forward(x, logits, num_tokens):
         saved, layer.runner.shared_experts = layer.runner.shared_experts, None
         facts, layer.runner.facts = layer.runner.facts, replace(layer.runner.facts, has_shared_experts=False)
-        routed = type(layer.runner).forward(layer.runner, x, logits)
+        routed = type(layer.runner).forward(layer.runner, x, logits, num_tokens)
         layer.runner.shared_experts, layer.runner.facts = saved, facts
         return routed + comm.all_reduce(layer.runner.shared_experts._module(routed))
 
@@ -142,15 +138,20 @@ def only_rank(rank: int, plant: Plant) -> Plant:
 
 def expert_dropped(expert: int) -> Plant:
     def plant(layer: FusedMoE, comm: Communicator) -> None:
-        layer.runner.kernel._w2_EiP = layer.runner.kernel._w2_EiP.clone()
-        layer.runner.kernel._w2_EiP[expert] = 0.0
+        experts = layer.runner.kernel.experts
+        experts._w2_EiP = experts._w2_EiP.clone()
+        experts._w2_EiP[expert] = 0.0
 
     return plant
 
 
 def undeclared_unit(layer: FusedMoE, comm: Communicator) -> None:
-    type(layer)  # the property is on the class: hide it behind a subclass of this one layer
-    layer.__class__ = type("Undeclared", (FusedMoE,), {"output_unit": 1.0})
+    """What the layer tells its caller of the plan, not what it does by it."""
+
+    def told(self: FusedMoE) -> OutputPlan:
+        return replace(FusedMoE.plan.fget(self), output_unit=1.0)
+
+    layer.__class__ = type("Undeclared", (FusedMoE,), {"plan": property(told)})  # properties live on the class
 
 
 NOTHING_REDUCED = planning(routed_reduced=Reduced.NOT_NEEDED, shared_reduced=Reduced.NOT_NEEDED)
@@ -158,7 +159,7 @@ NOTHING_REDUCED = planning(routed_reduced=Reduced.NOT_NEEDED, shared_reduced=Red
 
 def all_reduced_twice(layer: FusedMoE, comm: Communicator) -> None:
     right = layer.runner.forward
-    layer.runner.forward = lambda x, logits: comm.all_reduce(right(x, logits))
+    layer.runner.forward = lambda *given: comm.all_reduce(right(*given))
 
 
 # ---- wrong in ways that no list named beforehand
@@ -169,7 +170,7 @@ def adding_input(times: Callable[[int], float] = lambda tp: 1.0) -> Plant:
 
     def plant(layer: FusedMoE, comm: Communicator) -> None:
         right = layer.runner.forward
-        layer.runner.forward = lambda x, logits: right(x, logits) + times(comm.tp.size) * x
+        layer.runner.forward = lambda x, *given: right(x, *given) + times(comm.tp.size) * x
 
     return plant
 
@@ -219,20 +220,22 @@ def w2_as(change: Callable[[Tensor], Tensor]) -> Plant:
     """The kernel's w2 [E, i, P] changed."""
 
     def plant(layer: FusedMoE, comm: Communicator) -> None:
-        layer.runner.kernel._w2_EiP = change(layer.runner.kernel._w2_EiP).contiguous()
+        experts = layer.runner.kernel.experts
+        experts._w2_EiP = change(experts._w2_EiP).contiguous()
 
     return plant
 
 
 def w2_of_the_next_rank(layer: FusedMoE, comm: Communicator) -> None:
-    everyone = comm.tp.all_gather(layer.runner.kernel._w2_EiP[None].contiguous())
-    layer.runner.kernel._w2_EiP = everyone[(comm.tp.rank + 1) % comm.tp.size].contiguous()
+    experts = layer.runner.kernel.experts
+    everyone = comm.tp.all_gather(experts._w2_EiP[None].contiguous())
+    experts._w2_EiP = everyone[(comm.tp.rank + 1) % comm.tp.size].contiguous()
 
 
 def gate_and_up_exchanged(layer: FusedMoE, comm: Communicator) -> None:
-    kernel = layer.runner.kernel
-    swapped = kernel.weights.w13_EnP.unflatten(1, (2, -1)).flip(1).flatten(1, 2)
-    kernel._w13_Pm = swapped.float().flatten(0, 1).T
+    experts = layer.runner.kernel.experts
+    swapped = experts.weights.w13_EnP.unflatten(1, (2, -1)).flip(1).flatten(1, 2)
+    experts._w13_Pm = swapped.float().flatten(0, 1).T
 
 
 def dropped_beyond(capacity: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
