@@ -451,7 +451,7 @@ def _whereabouts(evidence: Evidence, relative: float) -> str:
         clues.append(f"only columns {numbers_text(columns)} of {len(wrong_H)}")
     visited = suspects(given.stages.topk_ids_MK, wrong_M)
     if visited:
-        clues.append(f"exactly the tokens that visit expert {' or '.join(map(str, suspects))}")
+        clues.append(f"exactly the tokens that visit expert {' or '.join(map(str, visited))}")
     right = [r for r, wrong in enumerate(wrong_RM) if not bool(wrong.any()) and bool(evidence.held_RM[r].any())]
     if given.dtype is torch.float32 and bool(wrong_M.all()) and 2**-12 < relative < 2**-6:
         clues.append("as little as a rounding to bf16 or fp16 somewhere would do")
