@@ -34,6 +34,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
                 "finalize slot by slot, the finalize of a batch by expert; monolithic routes inside the kernel as well"),
     "placement": (("linear", "round_robin", "permuted", "replicas", "moved"), "which rank holds which expert; replicas: "
                   "some twice; moved: placed anew between two calls"),
+    "shared": (("separate", "fused"), "shared experts as an MLP of their own, or as more slots of the routed kernel"),
     "order": (("auto", "1", "2", "3"), "shared experts: 1 before the kernel, 2 in its finalize, 3 after it; auto: as the "
               "kernel allows"),
     "pad": (("0", "8"), "zero columns that the kernel's width has beyond the layer's"),
@@ -146,6 +147,7 @@ class Case:
     kernel: str = "partial"
     experts: str = "auto"
     placement: str = "linear"
+    shared: str = "separate"
     order: str = "auto"
     pad: str = "0"
     junk: str = "0"

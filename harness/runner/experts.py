@@ -68,6 +68,13 @@ def shard(
     return ExpertWeights(w13_EnP, w2_EPi, b13_En, b2_EP, experts.activation)
 
 
+def join(routed: ExpertWeights, shared: ExpertWeights) -> ExpertWeights:
+    """One kernel's weights for both: the shared experts stand behind the routed ones, as experts of the same width."""
+    return ExpertWeights(
+        torch.cat([routed.w13_EnP, shared.w13_EnP]), torch.cat([routed.w2_EPi, shared.w2_EPi]), None, None, routed.activation
+    )  # fmt: skip
+
+
 def _gate_up_rows(stored: Tensor, experts: Experts, start: int, count: int) -> Tensor:
     """Rows start to start + count of the gate half and of the up half, gate first."""
     if not experts.activation.gated:

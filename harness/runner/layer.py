@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from harness.comm import Communicator
-from harness.runner.experts import shard
+from harness.runner.experts import ExpertWeights, join, shard
 from harness.runner.modular_kernel import ALL_TO_ALL, FusedMoEKernel, make_kernel
 from harness.runner.moe_runner import MoERunner, RunnerParts
 from harness.runner.parallel import FusedMoEParallelConfig
 from harness.runner.placement import Placement, linear
 from harness.runner.plan import LayerFacts, OutputPlan
-from harness.runner.router import Gate, make_router
+from harness.runner.router import FusedMoERouter, Gate, SharedSlotsRouter, make_router
 from harness.runner.shared_experts import SharedExperts, SharedMLP
 from harness.runner.transforms import LatentProjection
 from reference.spec import MoESpec
@@ -31,7 +31,7 @@ class LayerSettings:
     apply_routed_scale_to_output: s multiplies the routed output in the runner; False: the router's weights carry it.
     kernel_scales: the kernel multiplies by s.    kernel: how tokens reach their experts (`modular_kernel.make_kernel`).
     experts: "auto"; "slots" and "batched" leave weighing to the finalize, "monolithic" experts route by themselves.
-    placement: which rank holds which expert, linear by default.    shared_order: "auto" lets the kernel decide.
+    fuse_shared_experts: they are more experts of the kernel, always chosen.    placement: which rank holds which expert, linear by default.    shared_order: "auto" lets the kernel decide.
     padding: zero columns that the kernel's width has beyond the layer's.    sequence_parallel: the tp ranks get
     different rows.    reduce_results: False leaves the final all-reduce to the caller.
     """
@@ -41,6 +41,7 @@ class LayerSettings:
     kernel: Kernel = "partial"
     experts: Literal["auto", "slots", "batched", "monolithic"] = "auto"
     placement: Placement | None = None
+    fuse_shared_experts: bool = False
     shared_order: Literal["auto", "1", "2", "3"] = "auto"
     padding: int = 0
     sequence_parallel: bool = False
@@ -67,17 +68,23 @@ class FusedMoE:
         )  # fmt: skip
         kernel_scales = settings.kernel_scales or _must_scale(settings)
         router_scales = not settings.apply_routed_scale_to_output and not kernel_scales
-        router = make_router(
+        router: FusedMoERouter = make_router(
             routing, weights.get("e_score_correction_bias"), weights.get("per_expert_scale"),
             spec.scale if router_scales else 1.0,
         )  # fmt: skip
+        fused = spec.shared if settings.fuse_shared_experts else None
+        if fused is not None:
+            later = spec.scale != 1.0 and not (router_scales and router.scales)
+            slots, weight = fused.intermediate_size // experts.intermediate_size, 1 / spec.scale if later else 1.0
+            router = SharedSlotsRouter(router, routing.num_experts, slots, weight)
         self._router, self._kernel_scale = router, spec.scale if kernel_scales and spec.scale != 1.0 else None
         placement = settings.placement
         if placement is None and parallel.ep_size > 1:
             placement = linear(routing.num_experts, parallel.ep_size)
         latent = experts.latent_size is not None
         transform = LatentProjection(weights["fc2_latent"], weights.get("fc2_latent_bias")) if latent else None
-        shared = SharedMLP(weights, spec.shared, parallel.shared_rank, parallel.shared_size) if spec.shared else None
+        apart = spec.shared if fused is None else None
+        shared = SharedMLP(weights, apart, parallel.shared_rank, parallel.shared_size) if apart else None
         parts = RunnerParts(
             router=router,
             kernel=self.make_kernel(settings.kernel, placement),
@@ -96,7 +103,7 @@ class FusedMoE:
             scale=spec.scale,
             apply_routed_scale_to_output=settings.apply_routed_scale_to_output,
             router_scales=router.scales,
-            has_shared_experts=spec.shared is not None,
+            has_shared_experts=apart is not None,
             transform="none" if transform is None else "commutative" if transform.reduce_commutative else "ordered",
             reduce_results=settings.reduce_results,
         )
@@ -126,9 +133,24 @@ class FusedMoE:
         mine = shard(
             self._weights, spec.experts, parallel.moe_tp_rank, parallel.moe_tp_size, settings.padding, held
         )  # fmt: skip
+        if settings.fuse_shared_experts:
+            mine = join(mine, self._shared_as_experts())
         return make_kernel(
             backend, settings.experts, mine, placement, parallel, self._comm, self._router,
             scale=self._kernel_scale, weight_on_input=spec.routing.weight_on == "input",
+        )  # fmt: skip
+
+    def _shared_as_experts(self) -> ExpertWeights:
+        """The shared MLP, cut along its width into experts as wide as the routed ones, and this rank's piece of each."""
+        spec, parallel = self._spec, self._parallel
+        assert spec.shared is not None  # check_settings demands them
+        width, hidden = spec.experts.intermediate_size, spec.hidden_size
+        halves = 2 if spec.shared.activation.gated else 1
+        w13 = self._weights["shared_w13"].view(halves, -1, width, hidden).transpose(0, 1).flatten(1, 2)
+        w2 = self._weights["shared_w2"].view(hidden, -1, width).transpose(0, 1)
+        plain = replace(spec.experts, transposed=False, layout="halved", bias=False)
+        return shard(
+            {"w13": w13, "w2": w2}, plain, parallel.moe_tp_rank, parallel.moe_tp_size, self._settings.padding
         )  # fmt: skip
 
     def swap_kernel(self, backend: Kernel) -> None:
@@ -250,12 +272,33 @@ def _check_kernel(spec: MoESpec, settings: LayerSettings, parallel: FusedMoEPara
                              "rename them. Use modular experts")  # fmt: skip
         if spec.routing.num_zero_experts:
             raise ValueError("experts=monolithic with zero experts: the kernel never sees Z. Use modular experts")
+    _check_fused_shared(spec, settings, parallel)
     if settings.shared_order in ("2", "3") and spec.shared is None:
         raise ValueError(f"shared_order={settings.shared_order} without shared experts: there is nothing to order")
     if settings.shared_order == "2" and kind == "monolithic":
         raise ValueError(
             "shared_order=2 with experts=monolithic: such a kernel has no finalize to run them in. Use 1 or 3"
         )
+
+
+def _check_fused_shared(spec: MoESpec, settings: LayerSettings, parallel: FusedMoEParallelConfig) -> None:
+    if not settings.fuse_shared_experts:
+        return
+    shared, experts, why = spec.shared, spec.experts, None
+    if shared is None:
+        why = "there are no shared experts"
+    elif shared.sigmoid_gate or shared.bias or experts.bias or shared.activation != experts.activation:
+        why = "a gate, a bias or another activation makes them another kind of expert than the routed ones"
+    elif shared.intermediate_size % experts.intermediate_size or experts.latent_size is not None:
+        why = f"their width {shared.intermediate_size} is no multiple of the routed experts' in the same space"
+    elif spec.routing.weight_on == "input" or settings.experts == "monolithic" or spec.routing.num_zero_experts:
+        why = "the routing has no place for slots that are always chosen"
+    elif parallel.ep_size > 1:
+        why = f"with ep={parallel.ep_size} each rank would need a copy of them, and ep=1 none"
+    elif settings.shared_order != "auto":
+        why = f"shared_order={settings.shared_order}: they run in the kernel, at no moment of their own"
+    if why:
+        raise ValueError(f"fuse_shared_experts: {why}. Leave it False")
 
 
 def _check_reduction(spec: MoESpec, settings: LayerSettings, parallel: FusedMoEParallelConfig) -> None:

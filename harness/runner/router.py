@@ -136,6 +136,31 @@ class ZeroExpertRouter:
         return zero_MH, weights_MK.masked_fill(zero_MK, 0.0), ids_MK.masked_fill(zero_MK, -1)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedSlotsRouter:
+    """Another router's choice and, behind it, one slot for each shared expert: always chosen, with a constant weight.
+
+    Appended after renormalising, so that the routed weights do not change. Source: `fuse_shared_experts` of vLLM.
+    first: id of the first shared expert.    weight: 1, or 1/s where s is applied later, to the sum.
+    """
+
+    inner: FusedMoERouter
+    first: int
+    count: int
+    weight: float
+
+    @property
+    def scales(self) -> bool:
+        return self.inner.scales
+
+    def select_experts(self, router_logits_ME: Tensor) -> tuple[Tensor, Tensor]:
+        weights_MK, ids_MK = self.inner.select_experts(router_logits_ME)
+        rows = weights_MK.shape[0]
+        ids_S = torch.arange(self.first, self.first + self.count, dtype=ids_MK.dtype)
+        weights_MK = torch.cat([weights_MK, weights_MK.new_full((rows, self.count), self.weight)], 1)
+        return weights_MK, torch.cat([ids_MK, ids_S.expand(rows, -1)], 1)
+
+
 def make_router(
     routing: Routing, bias_E: Tensor | None, per_expert_scale_E: Tensor | None, scale: float
 ) -> FusedMoERouter:

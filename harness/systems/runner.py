@@ -39,6 +39,8 @@ class RunnerSystem:
             return "batches=2: two micro-batches are run of a layer with one router, whole rows and no junk"
         if case.junk != "0" and (case.grid.sp > 1 or case.experts == "monolithic"):
             return f"junk={case.junk}: rows are marked as junk for the router, which sequence parallelism and experts=monolithic pass by"
+        if case.shared == "fused" and case.spec.vision is not None:
+            return "shared=fused: both branches would add the shared experts as slots of their own"
         asked = [settings_of(case)]
         if case.swap != "none":
             if case.spec.vision is not None:
@@ -74,6 +76,7 @@ def settings_of(case: Case) -> LayerSettings:
         kernel=_kernel(case.kernel),
         experts=case.experts,  # type: ignore[arg-type]  # OPTIONS lists the same words
         placement=_placement(case.placement, case.spec.routing.num_experts, case.grid.ep),
+        fuse_shared_experts=case.shared == "fused",
         shared_order=case.order,  # type: ignore[arg-type]
         padding=int(case.pad),
         sequence_parallel=case.grid.sp > 1,
