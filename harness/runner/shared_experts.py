@@ -65,13 +65,17 @@ class SharedExperts:
             raise RuntimeError(
                 f"shared experts run at {moment.name} while the output of an earlier run waits to be read"
             )
-        calls = self._comm.tp.calls
+        calls = self._collectives()
         self._outputs[micro_batch] = self._module(x_MH)
-        if self._comm.tp.calls != calls:
+        if self._collectives() != calls:
             raise RuntimeError(
                 "the shared experts reduce their own output; the runner reduces it too, so S would count tp times. "
                 "Build their last projection without a reduction"
             )
+
+    def _collectives(self) -> int:
+        """How many this rank has called, on any group."""
+        return self._comm.tp.calls + self._comm.dp.calls + self._comm.ep.calls
 
     def take(self, micro_batch: int = 0) -> Tensor:
         """The output of that micro-batch, once."""
