@@ -1,14 +1,17 @@
 """Right layers written in other styles than ours, through the public contract alone: none of them may be accused.
 
     moe-harness check --system tests/clean_layers.py:loop --seed 1,2,3 --tokens 1,7,33,64
+    moe-harness check --system tests/clean_layers.py:sent deepseek_v3@tp2.ep4.dp2.bf16.tokens9_0
 
-Each style is data (STYLES), and each of its names is a build function. They share no code with the runner, the oracle
-or the naive runs. M tokens, H hidden, L latent (H without one), i this rank's share of the width, E experts, K top-k.
+Each style is data (STYLES), and each of its names is a build function. All of them are right on every legal grid. They
+share no code with the runner, the oracle or the naive runs. M tokens of this rank, N rows that reach it, H hidden,
+L latent (H without one), i this rank's share of the width, E experts of this rank, K top-k.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reference.spec import Activation, MoESpec, Routing, Shared
+
+Here = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [N, L], w [N, K], ids [N, K] -> [N, L]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,10 @@ class Style:
     scale: who multiplies by s: the weights, the output, w2 and b2 when loaded; "unit" returns R + S/s.
     reduce: all_reduce; reduce_scatter and all_gather; all_gather and a local sum in reversed order.
     shared: reduced with the routed part or apart from it.
+    ranks: how the ranks of a grid share the experts. "alone": each tp group computes its own tokens and knows no other.
+        "gather": all tokens of the dp group meet this rank's piece of its ep rank's experts, and sums are scattered home.
+        "send": rows travel to the ep ranks that hold one of their experts, and home again; tp ranks with the same piece
+        take turns. "rows": the same, but the tp ranks take different rows through the whole layer and gather them.
     """
 
     wide: bool = False
@@ -47,6 +56,7 @@ class Style:
     scale: Literal["weights", "output", "w2", "unit"] = "weights"
     reduce: Literal["all_reduce", "scatter_gather", "reversed"] = "all_reduce"
     shared: Literal["together", "apart"] = "together"
+    ranks: Literal["alone", "gather", "send", "rows"] = "alone"
 
 
 STYLES = {
@@ -61,7 +71,34 @@ STYLES = {
     "grouped": Style(experts="grouped", weigh="unstored", sum_in="fp32", reduce="scatter_gather", shared="apart"),
     "chain": Style(product="chain", reversed=True, weights_in="dtype", act="plain", reduce="reversed"),
     "units": Style(scale="unit", weights_in="dtype", act="plain", shared="apart"),
+    "gathered": Style(ranks="gather", experts="dense", scale="output"),
+    "sent": Style(
+        ranks="send", weights_in="dtype", act="plain", sum_in="fp32", reduce="scatter_gather", shared="apart"
+    ),
+    "rows": Style(ranks="rows", experts="slots", weigh="activation", scale="w2", reversed=True),
 }
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One of `count` equal pieces of a width."""
+
+    place: int
+    count: int
+
+    def of(self, t: Tensor, dim: int) -> Tensor:
+        return t.chunk(self.count, dim)[self.place]
+
+    def once(self, t: Tensor) -> Tensor:
+        """A bias that only one piece may add."""
+        return t if self.place == 0 else torch.zeros_like(t)
+
+    def halves(self, t: Tensor, gated: bool, interleaved: bool) -> tuple[Tensor | None, Tensor]:
+        """This piece's gate and up rows of a tensor [E, N, ...]; no gate where there is none."""
+        if not gated:
+            return None, self.of(t, 1)
+        gate, up = (t[:, 0::2], t[:, 1::2]) if interleaved else t.chunk(2, 1)
+        return self.of(gate, 1), self.of(up, 1)
 
 
 class Layer:
@@ -75,6 +112,7 @@ class Layer:
         if style.wide:
             weights = {name: tensor.float() for name, tensor in weights.items()}
         self.weights = weights
+        self.expert_piece, self.shared_piece = self.pieces()
         vision = {name.removeprefix("vision_"): t for name, t in weights.items() if name.startswith("vision_")}
         self.branches = [(spec.routing, spec.experts, weights, self.cut(spec.experts, weights))]
         if spec.vision is not None:
@@ -85,30 +123,31 @@ class Layer:
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
-    def piece(self, t: Tensor, dim: int) -> Tensor:
-        return t.chunk(self.comm.tp.size, dim)[self.comm.tp.rank]
+    def pieces(self) -> tuple[Piece, Piece]:
+        """This rank's piece of each routed expert that it holds, and of the shared ones."""
+        tp, own = self.comm.tp, self.comm.world_size // self.comm.ep.size
+        over_tp = Piece(tp.rank, tp.size)
+        if self.style.ranks == "gather":
+            return Piece(self.comm.rank % own, own), over_tp
+        if self.style.ranks == "send":  # only the tp ranks have the token, so its experts' pieces have to be among them
+            return Piece(self.comm.rank % own, own) if tp.size % own == 0 else Piece(0, 1), over_tp
+        return (Piece(0, 1), Piece(0, 1)) if self.style.ranks == "rows" else (over_tp, over_tp)
 
-    def first(self, t: Tensor) -> Tensor:
-        """A bias that counts once."""
-        return t if self.comm.tp.rank == 0 else torch.zeros_like(t)
-
-    def halves(self, t: Tensor, gated: bool, interleaved: bool) -> tuple[Tensor | None, Tensor]:
-        """This rank's gate and up rows of a tensor [E, N, ...]; no gate where there is none."""
-        if not gated:
-            return None, self.piece(t, 1)
-        gate, up = (t[:, 0::2], t[:, 1::2]) if interleaved else t.chunk(2, 1)
-        return self.piece(gate, 1), self.piece(up, 1)
+    def held(self, count: int) -> range:
+        """Which of so many experts this rank has a piece of."""
+        return range(count) if self.style.ranks == "alone" else dealt(count, self.comm.ep.size)[self.comm.ep.rank]
 
     def cut(self, experts, weights: dict[str, Tensor]) -> dict[str, Tensor | None]:
-        w13, w2 = weights["w13"], weights["w2"]
+        held, piece = list(self.held(len(weights["w13"]))), self.expert_piece
+        w13, w2 = weights["w13"][held], weights["w2"][held]
         if experts.transposed:
             w13, w2 = w13.mT, w2.mT
         gated, interleaved = experts.activation.gated, experts.layout == "interleaved"
-        gate, up = self.halves(w13, gated, interleaved)
-        cut = {"gate": gate, "up": up, "w2": self.piece(w2, 2), "gate_b": None, "up_b": None, "b2": None}
+        gate, up = piece.halves(w13, gated, interleaved)
+        cut = {"gate": gate, "up": up, "w2": piece.of(w2, 2), "gate_b": None, "up_b": None, "b2": None}
         if experts.bias:
-            cut["gate_b"], cut["up_b"] = self.halves(weights["b13"], gated, interleaved)
-            cut["b2"] = self.first(weights["b2"])
+            cut["gate_b"], cut["up_b"] = piece.halves(weights["b13"][held], gated, interleaved)
+            cut["b2"] = piece.once(weights["b2"][held])
         if self.scale_in == "w2":
             cut["w2"] = cut["w2"] * self.s
             cut["b2"] = None if cut["b2"] is None else cut["b2"] * self.s
@@ -116,18 +155,19 @@ class Layer:
 
     def cut_shared(self, shared: Shared, weights: dict[str, Tensor]) -> dict[str, Tensor | None]:
         """The shared MLP as an expert, E = 1."""
-        gate, up = self.halves(weights["shared_w13"][None], shared.activation.gated, False)
+        piece = self.shared_piece
+        gate, up = piece.halves(weights["shared_w13"][None], shared.activation.gated, False)
         cut = {
             "gate": gate,
             "up": up,
-            "w2": self.piece(weights["shared_w2"][None], 2),
+            "w2": piece.of(weights["shared_w2"][None], 2),
             "gate_b": None,
             "up_b": None,
             "b2": None,
         }
         if shared.bias:
-            cut["gate_b"], cut["up_b"] = self.halves(weights["shared_b13"][None], shared.activation.gated, False)
-            cut["b2"] = self.first(weights["shared_b2"][None])
+            cut["gate_b"], cut["up_b"] = piece.halves(weights["shared_b13"][None], shared.activation.gated, False)
+            cut["b2"] = piece.once(weights["shared_b2"][None])
         return cut
 
     @property
@@ -139,6 +179,13 @@ class Layer:
     # -- the layer -----------------------------------------------------------------------------------------------------
 
     def __call__(self, hidden_states: Tensor, modality: Tensor | None = None) -> Tensor:
+        if self.style.ranks != "rows":
+            return self.forward(hidden_states, modality)
+        tp = self.comm.tp
+        mine = [None if t is None else t.tensor_split(tp.size)[tp.rank] for t in (hidden_states, modality)]
+        return tp.all_gather(self.forward(*mine))
+
+    def forward(self, hidden_states: Tensor, modality: Tensor | None) -> Tensor:
         spec, style, scale = self.spec, self.style, self.scale_in
         x = hidden_states.float() if style.wide else hidden_states
         if spec.vision is None:
@@ -165,6 +212,8 @@ class Layer:
 
     def reduced(self, partial: Tensor) -> Tensor:
         tp, rows = self.comm.tp, partial.shape[0]
+        if self.style.ranks == "rows":
+            return partial
         if self.style.reduce == "all_reduce":
             return tp.all_reduce(partial)
         if self.style.reduce == "scatter_gather":
@@ -190,11 +239,61 @@ class Layer:
             x_ML = self.linear(x, named["fc1_latent"], named.get("fc1_latent_bias"))
         if routing.weight_on == "input":
             x_ML, w_MK = (x_ML * w_MK).to(x.dtype), torch.ones_like(w_MK)
-        run = getattr(self, self.style.experts)
-        routed = run(x_ML, w_MK, ids_MK, cut, experts.activation).to(x.dtype)
+        held, run = self.held(routing.num_experts), getattr(self, self.style.experts)
+        homes = dealt(routing.num_experts, self.comm.ep.size)
+
+        def here(x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+            """What this rank's experts add to N rows; another rank's expert weighs nothing here."""
+            away = (ids < held.start) | (ids >= held.stop)
+            if len(x) == 0 or held.start == held.stop:
+                return torch.zeros_like(x)
+            w, ids = w.masked_fill(away, 0.0), (ids - held.start).masked_fill(away, 0)
+            return run(x, w, ids, cut, experts.activation).to(x.dtype)
+
+        routed = getattr(self, self.style.ranks)(here, homes, x_ML, w_MK, ids_MK)
         if experts.latent_size is not None:
             routed = self.linear(routed, named["fc2_latent"], None)
         return routed, zero
+
+    # -- ranks ---------------------------------------------------------------------------------------------------------
+    # here: what this rank's experts add to N rows.    homes: the experts of each ep rank.
+    # Each returns [M, L], to be summed over tp, but rows the whole of it.
+
+    def alone(self, here: Here, homes: list[range], x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+        return here(x, w, ids)
+
+    def gather(self, here: Here, homes: list[range], x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+        dp = self.comm.dp
+        if dp.size == 1:
+            return here(x, w, ids)
+        sizes = dp.all_gather(torch.tensor([len(x)])).tolist()
+        return dp.reduce_scatter(here(*(dp.all_gather(t) for t in (x, w, ids))), sizes=sizes)
+
+    def send(self, here: Here, homes: list[range], x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+        tp, pieces = self.comm.tp, self.expert_piece.count
+        mine = torch.arange(len(x)).tensor_split(tp.size // pieces)[tp.rank // pieces]
+        y = torch.zeros_like(x)
+        y[mine] = self.visit(here, homes, x[mine], w[mine], ids[mine])
+        return y
+
+    def rows(self, here: Here, homes: list[range], x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+        ep = self.comm.ep
+        sent = visitors(ids, homes)
+        came = [ep.all_to_all([t[rows] for rows in sent]) for t in (x, w, ids)]
+        back = ep.all_to_all([here(*each) for each in zip(*came, strict=True)])
+        y = torch.zeros_like(x)
+        for rows, answer in zip(sent, back, strict=True):
+            y.index_add_(0, rows, answer)
+        return y
+
+    def visit(self, here: Here, homes: list[range], x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+        """Each row to the ep ranks that hold one of its experts, in one tensor a rank, and their answers added at home."""
+        ep = self.comm.ep
+        sent = visitors(ids, homes)
+        rows, counts = torch.cat(sent), [len(each) for each in sent]
+        (x_N, came), (w_N, _), (ids_N, _) = (ep.all_to_all_single(t[rows], counts) for t in (x, w, ids))
+        back, _ = ep.all_to_all_single(here(x_N, w_N, ids_N), came)
+        return torch.zeros_like(x, dtype=torch.float32).index_add_(0, rows, back.float()).to(x.dtype)
 
     # -- experts -------------------------------------------------------------------------------------------------------
 
@@ -279,7 +378,7 @@ class Layer:
         a_MEi = self.activated(into("gate"), into("up"), rule)
         y_MEL = torch.einsum("mei,eli->mel", a_MEi, cut["w2"])
         y_MEL = y_MEL if cut["b2"] is None else y_MEL + cut["b2"]
-        w_ME = w_MK.new_zeros(y_MEL.shape[:2]).scatter(1, ids_MK, w_MK)
+        w_ME = w_MK.new_zeros(y_MEL.shape[:2]).scatter_add(1, ids_MK, w_MK)
         return torch.einsum("me,mel->ml", w_ME.float(), y_MEL.float())
 
     def grouped(self, x: Tensor, w_MK: Tensor, ids_MK: Tensor, cut, rule: Activation) -> Tensor:
@@ -344,6 +443,18 @@ class Layer:
         return w, ids
 
 
+def dealt(count: int, ranks: int) -> list[range]:
+    """Experts over ranks: neighbours together, the first ranks one more."""
+    base, rest = divmod(count, ranks)
+    starts = [rank * base + min(rank, rest) for rank in range(ranks + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
+
+
+def visitors(ids: Tensor, homes: list[range]) -> list[Tensor]:
+    """For each ep rank the rows that have an expert there."""
+    return [((ids >= home.start) & (ids < home.stop)).any(1).nonzero()[:, 0] for home in homes]
+
+
 def scored(logits: Tensor, routing: Routing) -> Tensor:
     if routing.scoring_func == "softmax":
         return logits.softmax(-1)
@@ -374,6 +485,6 @@ def _build(spec: MoESpec, weights: dict[str, Tensor], comm: object, *, style: St
     return Layer(spec, weights, comm, style)
 
 
-loop, slots, wide, everything_in_dtype, folded, dense, grouped, chain, units = (
+loop, slots, wide, everything_in_dtype, folded, dense, grouped, chain, units, gathered, sent, rows = (
     functools.partial(_build, style=style) for style in STYLES.values()
 )
