@@ -112,7 +112,7 @@ class Layer:
         if style.wide:
             weights = {name: tensor.float() for name, tensor in weights.items()}
         self.weights = weights
-        self.expert_piece, self.shared_piece = self.pieces()
+        self.expert_piece, self.shared_piece = self.assigned()
         vision = {name.removeprefix("vision_"): t for name, t in weights.items() if name.startswith("vision_")}
         self.branches = [(spec.routing, spec.experts, weights, self.cut(spec.experts, weights))]
         if spec.vision is not None:
@@ -123,7 +123,7 @@ class Layer:
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
-    def pieces(self) -> tuple[Piece, Piece]:
+    def assigned(self) -> tuple[Piece, Piece]:
         """This rank's piece of each routed expert that it holds, and of the shared ones."""
         tp, own = self.comm.tp, self.comm.world_size // self.comm.ep.size
         over_tp = Piece(tp.rank, tp.size)

@@ -1,6 +1,7 @@
 """The figures of docs/tolerance.md, measured again.
 
-python -m tests.limits clean 100 108              right layers of three systems and nine foreign styles, by dtype
+python -m tests.limits clean 100 108              right layers of three systems and twelve foreign styles, by dtype
+python -m tests.limits clean 0 2 grids=dp2,tp2.ep4.dp2   the same on those grids, with shares of tokens of all kinds
 python -m tests.limits clean 0 6 size=wide        the same on the wide twins
 python -m tests.limits clean 1000 1100 models=phimoe tokens=200
 python -m tests.limits faults 40 44               the share of small faults found
@@ -21,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from harness import models
-from harness.case import DTYPES, Case, Grid
-from harness.check import judge
+from harness.case import DTYPES, Case, Grid, parse_grid
+from harness.check import judge, whole_output
 from harness.compare import DEVIATION_LIMIT, RUN_LIMIT, compare, near_ties
 from harness.errors import UsageError
-from harness.execution import run_system
+from harness.execution import Run, run_system
 from harness.finding import Verdict
-from harness.problem import Problem, problem
+from harness.problem import Problem, Ways, problem, ways
 from harness.systems import resolve
 from harness.systems.foreign import ForeignSystem
 from reference.moe import select_experts
@@ -108,36 +109,50 @@ class Subclass:
         return self._layer(case.spec, weights, comm, self._style)
 
 
+TP_SIZES = tuple(Grid(tp=tp) for tp in (1, 2, 3, 4, 8))
+
+
 def cases(
-    seeds: Sequence[int], tokens: Sequence[int], tp_sizes: Sequence[int], size: str, names: Sequence[str]
+    seeds: Sequence[int], tokens: Sequence[int], grids: Sequence[Grid], size: str, names: Sequence[str]
 ) -> Iterator[Case]:
-    """All that exist."""
-    for seed, model, dtype, count, tp in itertools.product(seeds, names, DTYPES, tokens, tp_sizes):
-        try:
-            yield Case(model=model, dtype=dtype, tokens=count, seed=seed, grid=Grid(tp=tp), size=size)
-        except UsageError:
-            continue
+    """All that exist. Data-parallel ranks get even shares; then the last one gets all; then the first all but one."""
+    for seed, model, dtype, count, grid in itertools.product(seeds, names, DTYPES, tokens, grids):
+        others = grid.dp - 1
+        uneven = [(*[0] * others, count), (count - 1, *[0] * (others - 1), 1)] if others and count else []
+        for split in (None, *uneven):
+            try:
+                yield Case(model=model, dtype=dtype, tokens=count, seed=seed, grid=grid, size=size, split=split)
+            except UsageError:
+                break
 
 
-def acquitted(given: Problem, outputs: list[Tensor], unit: float, tp: int, precision: RouterPrecision) -> list[float]:
+def outputs_of(run: Run, given: Problem) -> list[Tensor]:
+    return [whole_output(out, given) for out in run.ranks]
+
+
+def acquitted(given: Problem, outputs: list[Tensor], cut: Ways, precision: RouterPrecision) -> list[float]:
     """Deviations of the rows past the first limit whose choice of experts is no near tie."""
-    error_M = (torch.stack(outputs).double() / unit - given.stages.output_MH).norm(dim=-1).amax(0)
-    past_M = ~(error_M <= RUN_LIMIT * given.naive_error(tp, precision))
+    error_M = (torch.stack(outputs) - given.stages.output_MH).norm(dim=-1).amax(0)
+    past_M = ~(error_M <= RUN_LIMIT * given.naive_error(cut, precision))
     rows = (past_M & ~near_ties(given, precision)).nonzero()[:, 0]
     if not len(rows):
         return []
     x_MH, is_vision = given.tokens.hidden_states, given.tokens.is_vision
-    rounding = analyse(given.spec, given.exact, x_MH, given.stages, tp, precision, is_vision, rows)
+    rounding = analyse(
+        given.spec, given.exact, x_MH, given.stages, cut.routed, precision, is_vision, rows, shared_tp=cut.shared
+    )
     return (error_M[rows] / rounding.deviation_M).tolist()
 
 
-def clean(seeds: Sequence[int], *, tokens: Sequence[int], size: str, names: Sequence[str]) -> None:
+def clean(
+    seeds: Sequence[int], *, tokens: Sequence[int], grids: Sequence[Grid], size: str, names: Sequence[str]
+) -> None:
     file = Path(__file__).with_name("clean_layers.py")
     styles = [style for style in STYLES if style != "chain"]  # slow; tests/test_clean_layers.py has it
     systems = [ForeignSystem(f"{file}:{style}", style) for style in styles]
     systems += [resolve(name) for name in ("runner", "legacy", "transformers")]
     counted, ties, past, most = Counter(), Counter(), Counter(), Counter()
-    for case, system in itertools.product(cases(seeds, tokens, (1, 2, 3, 4, 8), size, names), systems):
+    for case, system in itertools.product(cases(seeds, tokens, grids, size, names), systems):
         if system.supports(case) is not None:
             continue
         given, key = problem(case), (system.name, case.dtype)
@@ -152,8 +167,8 @@ def clean(seeds: Sequence[int], *, tokens: Sequence[int], size: str, names: Sequ
             print(finding.verdict.value, case, system.name, finding.diagnosis, flush=True)
         elif finding.verdict is Verdict.OK:
             ties[key] += "rows_on_another_legal_route" in finding.figures
-            outputs, unit = [out.output for out in run.ranks], run.ranks[0].unit
-            rows = acquitted(given, outputs, unit, case.grid.tp, system.precision(case.spec))
+            cut, precision = ways(case.spec, case.grid), system.precision(case.spec)
+            rows = acquitted(given, outputs_of(run, given), cut, precision)
             past[key] += len(rows)
             most[key] = max([most[key], *rows])
     for name, dtype in itertools.product([system.name for system in systems], DTYPES):
@@ -167,7 +182,7 @@ def clean(seeds: Sequence[int], *, tokens: Sequence[int], size: str, names: Sequ
 
 def faults(seeds: Sequence[int]) -> None:
     tried, found = Counter(), Counter()
-    for case in cases(seeds, (7, 33), (1, 2, 4), "twin", models.names()):
+    for case in cases(seeds, (7, 33), [Grid(tp=tp) for tp in (1, 2, 4)], "twin", models.names()):
         given, spec, ids_MK = problem(case), case.spec, problem(case).stages.topk_ids_MK
         loud = int(ids_MK[ids_MK < spec.routing.num_experts].mode().values)
         style = STYLES[("loop", "dense", "folded")[(case.seed + case.grid.tp.bit_length()) % 3]]
@@ -176,9 +191,9 @@ def faults(seeds: Sequence[int]) -> None:
             if missing or (case.dtype == "bf16" and fault[0] in ("rounded", "weights")):
                 continue
             system, key = Subclass(Faulty, style, fault=fault, loud=loud), (name, case.dtype, case.tokens)
-            outputs = [out.output for out in run_system(case, system, given).ranks]
+            outputs = outputs_of(run_system(case, system, given), given)
             tried[key] += 1
-            found[key] += compare(given, outputs, 1.0, case.grid.tp, system.precision(spec)).wrong
+            found[key] += compare(given, outputs, ways(spec, case.grid), system.precision(spec)).wrong
     for name in FAULTS:
         told = [(d, m, found[name, d, m], tried[name, d, m]) for d in DTYPES for m in (7, 33) if tried[name, d, m]]
         print(f"{name:32}", "  ".join(f"{d} M={m} {100 * f / n:5.1f} % of {n}" for d, m, f, n in told))
@@ -227,12 +242,15 @@ def routers(seeds: Sequence[int], *, names: Sequence[str]) -> None:
 def split(seeds: Sequence[int]) -> None:
     for pieces in (1, 2, 4):
         tried, accused = Counter(), Counter()
-        for case in cases(seeds, (33,), (1, 4), "twin", models.names()):
+        for case in cases(seeds, (33,), [Grid(), Grid(tp=4)], "twin", models.names()):
             if case.dtype != "fp32":
                 system = Subclass(SplitSums, Style(act="plain", weights_in="dtype"), pieces=pieces)
-                outputs = [out.output for out in run_system(case, system, problem(case)).ranks]
+                outputs, cut = (
+                    outputs_of(run_system(case, system, problem(case)), problem(case)),
+                    ways(case.spec, case.grid),
+                )
                 tried[case.dtype] += 1
-                wrong = compare(problem(case), outputs, 1.0, case.grid.tp, system.precision(case.spec)).wrong
+                wrong = compare(problem(case), outputs, cut, system.precision(case.spec)).wrong
                 accused[case.dtype] += wrong
         print(f"{pieces} pieces:", ", ".join(f"{d} accused {accused[d]} of {n}" for d, n in tried.items()))
 
@@ -246,7 +264,8 @@ def main(what: str, first: str, last: str, *options: str) -> None:
     with torch.inference_mode():
         if what == "clean":
             tokens = [int(m) for m in given.get("tokens", "1,7,33,64").split(",")]
-            clean(seeds, tokens=tokens, size=size, names=names)
+            grids = [parse_grid(text) for text in given["grids"].split(",")] if "grids" in given else TP_SIZES
+            clean(seeds, tokens=tokens, grids=grids, size=size, names=names)
         elif what == "routers":
             routers(seeds, names=names)
         else:

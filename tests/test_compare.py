@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.case import Case, parse
-from harness.check import check
+from harness.case import Case, Grid, parse, parse_grid
+from harness.check import check, whole_output
 from harness.compare import DEVIATION_LIMIT, RUN_LIMIT, compare, near_ties
+from harness.execution import RankOutput
 from harness.finding import Verdict
-from harness.problem import Problem, problem
+from harness.problem import Problem, problem, ways
 from harness.systems import resolve
 from reference.moe import Choice, forward
 from reference.rounding import analyse, router_error
@@ -32,7 +33,9 @@ def _on_route(given: Problem, row: int, route: Choice) -> Tensor:
 
 
 def _judged(given: Problem, *outputs: Tensor):
-    return compare(given, outputs, 1.0, len(outputs), given.spec.routing.precision)
+    """Outputs of as many tensor-parallel ranks."""
+    cut = ways(given.spec, Grid(tp=len(outputs)))
+    return compare(given, [output.double() for output in outputs], cut, given.spec.routing.precision)
 
 
 @pytest.mark.parametrize("model", ["gemma4", "lfm2_moe", "phimoe", "granitemoehybrid"])
@@ -87,7 +90,8 @@ def test_the_shortcut_past_the_analysis_changes_no_verdict(model: str, dtype: st
         noise_MH = torch.randn(stages.output_MH.shape, generator=generator, dtype=torch.float64)
         error_MH = noise_MH / noise_MH.norm(dim=1, keepdim=True) * (factor * deviation_M)[:, None]
         error_M = error_MH.norm(dim=1)
-        expected_M = (error_M > RUN_LIMIT * given.naive_error(1, precision)) & (error_M > DEVIATION_LIMIT * deviation_M)
+        naive_M = given.naive_error(ways(spec, Grid()), precision)
+        expected_M = (error_M > RUN_LIMIT * naive_M) & (error_M > DEVIATION_LIMIT * deviation_M)
         found_M = _judged(given, stages.output_MH + error_MH).wrong_RM[0]
         assert found_M[decided_M].equal(expected_M[decided_M])
 
@@ -96,3 +100,33 @@ def test_nan_and_infinity_are_wrong_on_near_ties_too() -> None:
     given = problem(Case(model="gemma4", dtype="bf16", tokens=7, seed=1))
     for value in (float("nan"), float("inf")):
         assert _judged(given, torch.full_like(given.tokens.hidden_states, value)).wrong_RM.all()
+
+
+@pytest.mark.parametrize("split", ["5_2", "0_7", "1_0", "0_0"])
+def test_a_rank_with_tokens_of_its_own_is_judged_by_those_alone(split: str) -> None:
+    case = parse(f"mixtral@tp2.dp2.tokens{split}")
+    given, cut = problem(case), ways(case.spec, case.grid)
+    for wrong in range(4):
+        outputs = []
+        for rank, rows in enumerate(case.rows):
+            y_mH = given.stages.output_MH[rows].float() * (2.0 if rank == wrong else 1.0)
+            outputs.append(whole_output(RankOutput(y_mH * 0.25, rows, 0.25, None, lambda x: x), given))
+        expected_RM = torch.zeros(4, case.tokens, dtype=torch.bool)
+        expected_RM[wrong, case.rows[wrong]] = True
+        assert compare(given, outputs, cut, given.spec.routing.precision).wrong_RM.equal(expected_RM)
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [("tp4", (4, 4)), ("dp2", (2, 1)), ("tp2.ep4.dp2", (4, 2)), ("tp4.ep4.sp4", (4, 1)), ("tp4.ep8.dp2.sp4", (8, 1))],
+)
+def test_the_yardstick_has_a_partial_sum_for_each_rank_with_experts_and_for_each_piece_of_shared_ones(grid, expected):
+    assert ways(Case(model="deepseek_v3").spec, parse_grid(grid)) == expected
+
+
+def test_a_yardstick_never_cuts_a_width_unevenly() -> None:
+    spec = Case(model="ernie4_5_vl_moe").spec
+    for tp in (5, 7, 16):
+        cut = ways(spec, Grid(tp=tp, ep=tp)).routed
+        assert all(width % cut == 0 for name, width in spec.tp_widths().items() if not name.startswith("shared"))
+        assert 1 <= cut <= tp
