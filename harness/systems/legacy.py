@@ -35,57 +35,65 @@ class File:
 
     scale: "router" its weights carry s; "routed" the file multiplies R; "routed, fp16 shared" the same, but fp16 divides S
         by s instead; "sum" it multiplies R + S; "none" the model has no s.
-    reduce: "unless reduced" one all-reduce of the sum if the kernel did not reduce; "always" one whatever the kernel did;
+    reduce: "unless reduced" one all-reduce of R + S unless the kernel reduced R; "always" one whatever the kernel did;
         "in layer" the fused layer reduces R, and S where it holds it.
-    shared: "in layer" the fused layer returns S beside R; "in model" the file computes S; "self-reducing" an MLP that
-        reduces its own output and is added afterwards; "self-reducing in layer" the same, and the layer reduces it again.
+    shared: "partial" left to the sum; "self-reducing" an MLP that reduces its own output and is added afterwards;
+        "self-reducing in layer" the same, and the layer reduces it again.
     fp16_compensated: the decoder layer makes up for R + S/s.
-    sequence_parallel: it knew how to gather rows instead of reducing.
+    sequence_parallel: it gave each tp rank rows of its own where the engine asked for that: "whole" with the shared
+        experts whole on each of them, "cut" with its share of them; "no" it did not know how.
     """
 
     scale: Literal["router", "routed", "routed, fp16 shared", "sum", "none"]
     reduce: Literal["unless reduced", "always", "in layer"]
-    shared: Literal["none", "in layer", "in model", "self-reducing", "self-reducing in layer"]
+    shared: Literal["none", "partial", "self-reducing", "self-reducing in layer"]
     fp16_compensated: bool = True
-    sequence_parallel: bool = False
+    sequence_parallel: Literal["no", "whole", "cut"] = "no"
 
 
-_DEEPSEEK = File(scale="routed, fp16 shared", reduce="unless reduced", shared="in layer")
-_GLM = File(scale="routed", reduce="unless reduced", shared="in layer")
-_SCALED_ROUTER = File(scale="router", reduce="unless reduced", shared="in layer")
-_OWN_SUM = File(scale="none", reduce="unless reduced", shared="in layer")
+_DEEPSEEK = File(scale="routed, fp16 shared", reduce="unless reduced", shared="partial")
+_GLM = File(scale="routed", reduce="unless reduced", shared="partial")
+_SCALED_ROUTER = File(scale="router", reduce="unless reduced", shared="partial")
+_OWN_SUM = File(scale="none", reduce="unless reduced", shared="partial")
 _LAYER_REDUCES = File(scale="none", reduce="in layer", shared="none")
 
 FILES: dict[str, File] = {
     "afmoe": _SCALED_ROUTER,
     "aria": File(scale="none", reduce="in layer", shared="self-reducing in layer"),
-    "deepseek_v2": replace(_DEEPSEEK, sequence_parallel=True),
-    "deepseek_v3": replace(_DEEPSEEK, sequence_parallel=True),
-    "dots1": File(scale="sum", reduce="always", shared="in layer"),
+    "deepseek_v2": replace(_DEEPSEEK, sequence_parallel="whole"),
+    "deepseek_v3": replace(_DEEPSEEK, sequence_parallel="whole"),
+    "dots1": File(scale="sum", reduce="always", shared="partial"),
     "ernie4_5_moe": _OWN_SUM,
     "ernie4_5_vl_moe": _OWN_SUM,
-    "exaone_moe": File(scale="router", reduce="unless reduced", shared="in model"),
+    "exaone_moe": File(scale="router", reduce="unless reduced", shared="partial"),
     "gemma4": replace(_LAYER_REDUCES, shared="self-reducing"),
     "glm4_moe": _GLM,
     "glm4_moe_lite": _GLM,
-    "gpt_oss": _LAYER_REDUCES,
+    "gpt_oss": replace(_LAYER_REDUCES, sequence_parallel="whole"),
     "granitemoehybrid": replace(_LAYER_REDUCES, shared="self-reducing"),
     "jamba": _LAYER_REDUCES,
-    "kimi_linear": File(scale="routed", reduce="always", shared="in model"),
+    "kimi_linear": File(scale="routed", reduce="always", shared="partial"),
     "lfm2_moe": File(scale="routed", reduce="unless reduced", shared="none"),
-    "llama4": replace(_OWN_SUM, sequence_parallel=True),
+    "llama4": replace(_OWN_SUM, sequence_parallel="whole"),
     "minimax_m2": File(scale="none", reduce="always", shared="none"),
     "mixtral": _LAYER_REDUCES,
-    "nemotron_h": replace(_DEEPSEEK, fp16_compensated=False),
+    "nemotron_h": replace(_DEEPSEEK, fp16_compensated=False, sequence_parallel="whole"),
     "olmoe": _LAYER_REDUCES,
     "phimoe": _LAYER_REDUCES,
     "qwen2_moe": _OWN_SUM,
-    "qwen3_next": replace(_OWN_SUM, sequence_parallel=True),
+    "qwen3_next": replace(_OWN_SUM, sequence_parallel="cut"),
     "sarvam_moe": _SCALED_ROUTER,
     "step3p5": _SCALED_ROUTER,
 }
 # The transformers backend wrapped a model's block and all-reduced what came out; its MLP had reduced S already.
-WRAPPED = File(scale="router", reduce="always", shared="self-reducing")
+WRAPPED = File(scale="router", reduce="unless reduced", shared="self-reducing")
+
+# With these the engine asked for sequence parallelism by itself, wherever tp > 1, dp > 1 and every rank held whole experts.
+_BY_ROWS = ("partial", "deepep_ht", "deepep_ll")
+# Their output was taken for a partial sum (vLLM #41382).
+_TAKEN_FOR_PARTIAL = ("nvlink_one_sided", "nvlink_two_sided")
+# The layer passed these its rows in chunks, and then left out its own reduction altogether.
+_IN_CHUNKS = ("deepep_ll", "nvlink_two_sided")
 
 
 class LegacySystem:
@@ -102,17 +110,28 @@ class LegacySystem:
             return more
         if case.backend == "transformers" and not models.load(case.model).wrapped:
             return "the transformers backend wrapped whole blocks with shared experts, and this is none"
+        if case.kernel == "reduced":
+            return "before the refactoring no kernel but all-to-all returned complete sums"
         file, grid = _file(case), case.grid
-        if case.kernel == "reduced" and file.reduce != "unless reduced":
-            return "its file never asked whether the kernel had reduced"
-        if case.kernel in ("deepep_ht", "deepep_ll") and file.reduce == "always":
-            return "its file never asked whether the kernel had reduced"
-        if case.kernel in ALL_TO_ALL and (grid.ep != grid.ranks or grid.dp == 1):
-            return f"kernel={case.kernel}: before the refactoring all-to-all needed ep = tp * dp and dp > 1"
-        if grid.sp > 1 and not file.sequence_parallel:
-            return "its file knew no sequence parallelism"
         if grid.ep not in (1, grid.ranks):
             return f"ep={grid.ep}: vLLM has no expert parallelism between 1 and tp * dp"
+        if case.kernel in ALL_TO_ALL and (grid.ep != grid.ranks or grid.dp == 1):
+            return f"kernel={case.kernel}: before the refactoring all-to-all needed ep = tp * dp and dp > 1"
+        by_rows = grid.tp > 1 and grid.dp > 1 and grid.ep == grid.ranks and case.kernel in _BY_ROWS
+        if file.sequence_parallel != "no" and by_rows and grid.sp == 1:
+            return "where tp > 1, dp > 1 and ep = tp * dp, its file was always sequence parallel with this kernel"
+        if grid.sp > 1 and file.sequence_parallel == "no":
+            return "its file knew no sequence parallelism"
+        if grid.sp > 1 and not by_rows:
+            return (
+                f"kernel={case.kernel} with dp={grid.dp}: before the refactoring sequence parallelism needed dp > 1 and "
+                "another kernel than NVLink's"
+            )
+        shared = case.spec.shared
+        if file.sequence_parallel == "cut" and shared is not None and shared.intermediate_size % grid.tp:
+            return (
+                f"its file cut the shared experts over tp={grid.tp}, which does not divide {shared.intermediate_size}"
+            )
         return None
 
     def precision(self, spec: MoESpec) -> RouterPrecision:
@@ -152,12 +171,12 @@ class LegacyBlock:
             case.kernel, "auto", sharded, placement, parallel, comm, self._router,
             scale=None, weight_on_input=routing.weight_on == "input",
         )  # fmt: skip
-        # 0.19.1 took the NVLink backends' output for a partial sum (vLLM #41382)
-        self._reduced = self._kernel.output_is_reduced and not case.kernel.startswith("nvlink")
         self._rows = parallel.sequence_parallel
-        self.shared = (
-            SharedMLP(weights, spec.shared, parallel.shared_rank, parallel.shared_size) if spec.shared else None
-        )
+        self._reduced = self._kernel.output_is_reduced and case.kernel not in _TAKEN_FOR_PARTIAL
+        self._layer_reduces = file.reduce == "in layer" and not self._rows and case.kernel not in _IN_CHUNKS
+        whole = self._rows and file.sequence_parallel == "whole"
+        share = (0, 1) if whole else (parallel.tp_rank, parallel.tp_size)
+        self.shared = SharedMLP(weights, spec.shared, *share) if spec.shared else None
         latent = experts.latent_size is not None
         self._into_latent = LatentProjection(weights["fc1_latent"], weights.get("fc1_latent_bias")) if latent else None
         self._out_of_latent = (
@@ -178,14 +197,14 @@ class LegacyBlock:
         weights_MK, ids_MK = self._router.select_experts(self._gate(x_MH))
         x_ML = x_MH if self._into_latent is None else self._into_latent(x_MH)
         routed_ML = finish(self._kernel.steps(x_ML, weights_MK, ids_MK.to(self._kernel.topk_indices_dtype)))
-        return self._comm.all_reduce(routed_ML) if self._file.reduce == "in layer" and not self._reduced else routed_ML
+        return self._comm.all_reduce(routed_ML) if self._layer_reduces and not self._reduced else routed_ML
 
     def combine(self, shared_MH: Tensor | None, routed_ML: Tensor) -> Tensor:
         """What the file did with the pair (S, R)."""
         file, scale = self._file, self._spec.scale
         if shared_MH is not None and file.shared.startswith("self-reducing"):
             shared_MH = self._comm.all_reduce(shared_MH)
-            if file.shared == "self-reducing in layer":
+            if file.shared == "self-reducing in layer" and (self._layer_reduces or self._reduced):
                 shared_MH = self._comm.all_reduce(shared_MH)
         if self._fp16_divides_shared(routed_ML.dtype):
             shared_MH = None if shared_MH is None else shared_MH * (1.0 / scale)
@@ -194,8 +213,6 @@ class LegacyBlock:
         result = routed_ML if self._out_of_latent is None else self._out_of_latent(routed_ML)
         if self._rows:
             return result if shared_MH is None else result + shared_MH
-        if shared_MH is not None and file.reduce == "unless reduced" and self._reduced:
-            shared_MH = self._comm.all_reduce(shared_MH)
         if shared_MH is not None:
             result = result + shared_MH
         if file.scale == "sum":
