@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -84,11 +84,13 @@ class Reading:
     """One rank's factors by part. own_only: parts of which only the rank's own share counts.
 
     uneven: parts whose shares count differently, each share with its symbol, "?" where no token needs it.
+    unread: those shares, of each part.
     """
 
     symbols: dict[str, str]
     own_only: frozenset[str]
     uneven: dict[str, tuple[str, ...]]
+    unread: dict[str, frozenset[int]] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         """'y = s*R + tp*S', R_own where only the rank's own share counts."""
@@ -235,11 +237,13 @@ def _read(
     read: dict[str, list[tuple[frozenset[int] | None, str]]], rank: int | None, layout: Layout, lawful: dict[str, str]
 ) -> Reading:
     """rank: whose own shares are named as such; None where they mean nothing. A part that no row needs is lawful."""
-    symbols, own_only, uneven = dict(lawful), set(), {}
+    symbols, own_only, uneven, unread = dict(lawful), set(), {}, {}
     for name, factors in read.items():
         mine = None if rank is None else frozenset({layout.own(name, rank)})
         own = [symbol for shards, symbol in factors if mine is not None and shards == mine]
         others = {symbol for shards, symbol in factors if shards != mine}
+        by_shard = {shard: symbol for shards, symbol in factors for shard in shards or ()}
+        unread[name] = frozenset(range(layout.shares(name))) - by_shard.keys()
         if len({symbol for _, symbol in factors}) == 1:
             symbols[name] = factors[0][1]
         elif own and others == {"0"}:
@@ -247,9 +251,8 @@ def _read(
             own_only.add(name)
         else:
             symbols[name] = "uneven"
-            by_shard = {shard: symbol for shards, symbol in factors for shard in shards or ()}
             uneven[name] = tuple(by_shard.get(shard, "?") for shard in range(layout.shares(name)))
-    return Reading(symbols, frozenset(own_only), uneven)
+    return Reading(symbols, frozenset(own_only), uneven, unread)
 
 
 def fit_symbol(value: float, deviation: float, names: dict[str, float], dtype: torch.dtype) -> str:

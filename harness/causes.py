@@ -189,12 +189,13 @@ def _deviates(reading: Reading, name: str, lawful: dict[str, str]) -> bool:
 
 def _counts(reading: Reading, name: str, lawful: str, rank: int, layout: Layout) -> tuple[str, ...]:
     """How often each share counts, in units of what the law says: "1", "0", "2", a size's name, or another symbol."""
-    units = {lawful: "1", "2*s": "2", "1": "1/s", "s^2": "s"} if lawful == "s" else {"1": "1", "2": "2"}
+    units = {"s": "1", "2*s": "2", "1": "1/s", "s^2": "s", "-s": "-1"} if lawful == "s" else {}
     units |= {f"s*{size}" if lawful == "s" else size: size for size in layout.sizes}
     count = layout.shares(name)
     if name in reading.own_only:
         own = units.get(reading.symbols[name], reading.symbols[name])
-        return tuple(own if shard == layout.own(name, rank) else "0" for shard in range(count))
+        mine, unread = layout.own(name, rank), reading.unread.get(name, frozenset())
+        return tuple(own if shard == mine else "?" if shard in unread else "0" for shard in range(count))
     symbols = reading.uneven.get(name) or (reading.symbols[name],) * count
     return tuple(units.get(symbol, symbol) for symbol in symbols)
 
@@ -223,11 +224,19 @@ def _alike(counts: tuple[str, ...], what: str, part: str, layout: Layout) -> Cau
     if not lost and len(more) == 1 and (count := more.pop()) in {"2", *layout.sizes}:
         who = layout.holders(part, [shard for shard in counted if counts[shard] == count])
         return Cause("B2", {}, f"the share of {what} of {who} counts {count} times, the others once")
-    for count, family, how in (("1/s", "A2", "misses"), ("s", "A1", "is applied twice to")):
+    for count, family, how in _ON_SHARES:
         if set(counts) - {"?"} == {"1", count}:
             who = layout.holders(part, [shard for shard in counted if counts[shard] == count])
-            return Cause(family, {}, f"the routed scaling factor {how} the share of {what} of {who}")
+            return Cause(family, {}, how.format(f"the share of {what} of {who}"))
     return None
+
+
+# What counts differently in some shares: the count, in units of the law's, the family, the sentence.
+_ON_SHARES = (
+    ("1/s", "A2", "the routed scaling factor misses {}"),
+    ("s", "A1", "the routed scaling factor is applied twice to {}"),
+    ("-1", "sign", "{} is subtracted"),
+)
 
 
 def _by_rank(table: Mapping[int, tuple[str, ...]], what: str, part: str, layout: Layout) -> Cause | None:

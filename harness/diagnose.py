@@ -102,6 +102,7 @@ def _each(evidence: Evidence, read: Callable[[Evidence, int], Reading | None]) -
             continue
         first = rank - rank % evidence.tp
         alike = first in readings and torch.equal(output, evidence.outputs[first])
+        alike = alike and torch.equal(evidence.held_RM[rank], evidence.held_RM[first])
         reading = readings[first] if alike else read(evidence, rank)
         if reading is None:
             return None

@@ -14,22 +14,33 @@ from torch import Tensor
 from harness.layout import Layout
 
 
-def placement_story(
-    law_ME: Tensor, found_ME: Tensor, near_M1: Tensor, layout: Layout, rank: int
-) -> tuple[str, str] | None:
-    """rank: whose output it is. Family and sentence of the one mistake that explains all weights; None if there is none, or no expert parallelism."""
+def placement_story(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor, layout: Layout) -> tuple[str, str] | None:
+    """Family and sentence of the one mistake that explains all weights; None if there is none, or no expert parallelism."""
     if layout.owners is None or layout.grid.ep == 1 or law_ME.shape[1] != len(layout.owners):
         return None
     for sentence, serves_EE in _disagreements(layout):
         if bool(((law_ME @ serves_EE - found_ME).abs() <= near_M1).all()):
             return "F7", f"the right weights go to wrong experts: {sentence}"
-    for family, sentence, weights_ME in _weighings(law_ME, layout, rank // layout.grid.moe_tp):
+    for family, sentence, weights_ME in _weighings(law_ME, layout):
         if bool(((weights_ME - found_ME).abs() <= near_M1).all()):
             return family, sentence
+    if _unweighted_afar(law_ME, found_ME, near_M1, layout):
+        return "D11", "the router weights are not used for experts on other ranks than the token's own"
     return None
 
 
-def _weighings(law_ME: Tensor, layout: Layout, home: int) -> Iterator[tuple[str, str, Tensor]]:
+def _unweighted_afar(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor, layout: Layout) -> bool:
+    """Each token has its lawful weights on one rank, and 1 for its experts elsewhere."""
+    owner_E = torch.tensor(layout.owners)
+    plain_ME = (law_ME != 0).double()
+    fits_RM = [
+        ((torch.where(owner_E == home, law_ME, plain_ME) - found_ME).abs() <= near_M1).all(-1)
+        for home in range(layout.grid.ep)
+    ]
+    return bool(torch.stack(fits_RM).any(0).all())
+
+
+def _weighings(law_ME: Tensor, layout: Layout) -> Iterator[tuple[str, str, Tensor]]:
     """What a rank makes of the weights that reach it: family, sentence, the weights as they then count."""
     owners = layout.owners
     assert owners is not None  # placement_story asks
@@ -48,9 +59,6 @@ def _weighings(law_ME: Tensor, layout: Layout, home: int) -> Iterator[tuple[str,
         "each ep rank renormalises the weights of its own experts, instead of all K together",
         torch.where(law_ME != 0, law_ME / by_rank_ME.clamp(min=1e-30), 0.0) * law_ME.sum(-1, keepdim=True),
     )
-    afar_E = owner_E != home
-    told = f"the router weights are not used for experts on other ranks than the token's own, here ep rank {home}"
-    yield "D11", told, torch.where(afar_E & (law_ME != 0), 1.0, law_ME)
     away_ME = law_ME.sum(-1, keepdim=True) - by_rank_ME  # the weights of experts that e's rank does not hold
     held = [[e for e, owner in enumerate(owners) if owner == rank] for rank in range(ranks)]
     for family, which, place in (("G1", "last", -1), ("G3", "first", 0)):

@@ -125,7 +125,9 @@ def _constant(evidence: Evidence) -> Story | None:
     if not bool(((miss_MH - level_M1).norm(dim=-1) <= RESIDUAL_LIMIT * growth * (naive_M + naive_M.mean())).all()):
         return None
     least, most = f"{float(level_M1.min()):.3g}", f"{float(level_M1.max()):.3g}"
-    by = least if least == most else f"{least} to {most}"
+    if least == most:
+        return Story(None, "output", f"every number is off by {least}: a constant is added")
+    by = f"{least} to {most}"
     return Story(
         "G2", "routed", f"all columns of a row are off by the same number, {by}: slots that nobody wrote are added"
     )

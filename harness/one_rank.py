@@ -18,30 +18,32 @@ from reference.spec import SpecError
 
 def one_rank_story(evidence: Evidence) -> Story | None:
     """The wrong law that explains the output in the shares of some ranks; None if none does, or if ranks disagree."""
-    given, layout = evidence.given, evidence.layout
+    layout = evidence.layout
     rows = (evidence.decided_M & evidence.held_RM.any(0)).nonzero()[:, 0]
     if layout.grid.ranks == 1 or layout.owners is None or not evidence.ranks_agree or len(rows) == 0:
         return None
-    shares = [share_of(given, layout, rank) for rank in range(layout.grid.ranks)]
-    by_rank = [
-        {v.sentence: v for v in variants(alone, None, 1) if v.stage == "routed" and "shared" not in v.sentence}
-        for alone in shares
-    ]
+    return _in_shares(evidence, "routed", rows) or _in_shares(evidence, "shared", rows)
+
+
+def _in_shares(evidence: Evidence, part: str, rows: Tensor) -> Story | None:
+    given, layout = evidence.given, evidence.layout
+    if layout.shares(part) == 1 or (part == "shared" and given.spec.shared is None):
+        return None
+    alone = [share_of(given, layout, part, share) for share in range(layout.shares(part))]
+    laws = [{v.sentence: v for v in variants(each, None, 1) if v.stage == part} for each in alone]
     target = (evidence.assembled_MH - given.stages.output_MH)[rows]
-    unit = RESIDUAL_LIMIT * (evidence.naive_M + evidence.naive_M.mean())[rows]
-    for sentence, variant in by_rank[0].items():
-        if any(sentence not in mine for mine in by_rank):
-            continue
+    limit = RESIDUAL_LIMIT * (evidence.naive_M + evidence.naive_M.mean())[rows]
+    for sentence, variant in laws[0].items():
         try:
             deltas = [
-                (mine[sentence].compute().output_MH - alone.stages.output_MH)[rows]
-                for mine, alone in zip(by_rank, shares, strict=True)
+                (of_share[sentence].compute().output_MH - each.stages.output_MH)[rows]
+                for of_share, each in zip(laws, alone, strict=True)
             ]
-        except SpecError:
-            continue  # this layer cannot get that rule wrong
-        ranks = _explaining(target, deltas, unit)
-        if ranks is not None:
-            return Story(variant.family, "routed", f"{sentence}, on {layout.where(ranks)} alone")
+        except (SpecError, KeyError):
+            continue  # this layer, or a share of it, cannot get that rule wrong
+        shares = _explaining(target, deltas, limit)
+        if shares is not None:
+            return Story(variant.family, part, f"{sentence}, on {layout.holders(part, shares)} alone")
     return None
 
 

@@ -97,10 +97,14 @@ def rank_shares(given: Problem, layout: Layout) -> tuple[Part, ...]:
     return tuple(part for part in (*cut, *whole) if bool(part.value_MH.any()))
 
 
-def share_of(given: Problem, layout: Layout, rank: int) -> Problem:
-    """The same layer with nothing but one rank's share of the routed experts; every token keeps its lawful experts."""
+def share_of(given: Problem, layout: Layout, part: str, share: int) -> Problem:
+    """The same layer with nothing but one share of "routed" or "shared"; every token keeps its lawful experts."""
     assert layout.owners is not None  # where experts have several ranks, no share is a rank's own
-    ep_rank, piece = divmod(rank, layout.grid.moe_tp)
+    if part == "shared":
+        kept = _Weights(given.spec, given.exact).keep_columns(share, layout.grid.tp, "shared_w2")
+        exact = kept.without("w2", "b2", "fc2_latent_bias", *(("shared_b2",) if share else ()))
+        return replace(given, exact=exact, stages=_forward(given, exact))
+    ep_rank, piece = divmod(share, layout.grid.moe_tp)
     mine = tuple(e for e, owner in enumerate(layout.owners) if owner == ep_rank)
     kept = _Weights(given.spec, given.exact).keep_columns(piece, layout.grid.moe_tp, "w2").keep_experts(mine)
     others = ("fc2_latent_bias", "shared_w2", "shared_b2", *(("b2",) if piece else ()))

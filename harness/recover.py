@@ -103,7 +103,7 @@ def routing_story(evidence: Evidence, recovered: Recovered) -> Story | None:
         return Story("H2", "topk_ids", f"tokens are routed as other tokens: {moved}")
     if bool(((law_ME[rows] - found_ME).abs() <= near_M1).all()):
         return None  # the weights are right where they can be told
-    misplaced = placement_story(law_ME[rows], found_ME, near_M1, evidence.layout, recovered.rank)
+    misplaced = placement_story(law_ME[rows], found_ME, near_M1, evidence.layout)
     if misplaced is not None:
         return Story(misplaced[0], "routed", misplaced[1])
     for story in (_permuted, _renamed, _rescaled):
