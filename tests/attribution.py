@@ -5,6 +5,7 @@ Independent of diagnose.py, which reads symbols: here is one least-squares fit o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from harness.case import Case
 from harness.compare import near_ties
-from harness.execution import Run, run_system
-from harness.parts import shares
+from harness.execution import RankOutput, Run, run_system
+from harness.layout import Layout
+from harness.parts import Part, parts, rank_shares
 from harness.problem import Problem, problem
 from harness.systems import System
 
@@ -23,33 +25,43 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 8e-3}
 
 @dataclass(frozen=True)
 class Attribution:
-    """factors: (part, shard or None) -> its coefficient in one rank's output, in units of y."""
+    """factors: (part, shard or None) -> its coefficient in one rank's output, in units of y.
+
+    The shard is a rank for the routed experts and their biases, a tp rank for the shared ones. A part has none where all
+    ranks hold it, or where experts have several places. Shares that no token of the rank needs are left out.
+    """
 
     factors: dict[tuple[str, int | None], float]
 
 
 def attributions(case: Case, system: System) -> list[Attribution]:
-    """One for each rank; an empty list where no token decides every factor."""
+    """One for each rank; an empty list where the tokens of some rank do not decide every factor."""
     given = problem(case)
     run = run_system(case, system, given)
     assert run.broken is None, run.broken
-    rows = decided(given, system)
-    columns = shares(given, case.grid.tp)
-    if len(rows) * given.spec.hidden_size < 4 * len(columns):
-        return []
+    columns = rank_shares(given, Layout(case.grid, owners(case, run))) or parts(given)
+    found = [_fit(out, columns, decided(given, system, out)) for out in run.ranks]
+    return [each for each in found if each is not None] if None not in found else []
+
+
+def owners(case: Case, run: Run) -> tuple[int, ...] | None:
+    """The ep rank of each expert, as the layer tells it; neighbours together where it tells nothing."""
+    parted = torch.arange(case.spec.routing.num_experts).tensor_split(case.grid.ep)
+    linear = tuple(rank for rank, part in enumerate(parted) for _ in part)
+    return getattr(run.ranks[0].layer, "owners", linear)
+
+
+def decided(given: Problem, system: System, out: RankOutput) -> Tensor:
+    """Those of a rank's rows whose choice of experts rounding cannot change."""
+    clear_M = ~near_ties(given, system.precision(given.spec))
+    return torch.arange(len(clear_M))[out.rows][clear_M[out.rows]]
+
+
+def _fit(out: RankOutput, columns: Sequence[Part], rows: Tensor) -> Attribution | None:
+    columns = [part for part in columns if bool(part.value_MH[rows].any())]
+    if len(rows) * out.output.shape[1] < 4 * len(columns) or not columns:
+        return None
+    output = out.output[rows - out.rows.start].double() / out.unit
     matrix = torch.stack([part.value_MH[rows].flatten() for part in columns], 1)
-    return [_fit(columns, matrix, output[rows]) for output in outputs(run)]
-
-
-def outputs(run: Run) -> list[Tensor]:
-    return [rank.output.double() / rank.unit for rank in run.ranks]
-
-
-def decided(given: Problem, system: System) -> Tensor:
-    """Rows whose choice of experts rounding cannot change."""
-    return (~near_ties(given, system.precision(given.spec))).nonzero()[:, 0]
-
-
-def _fit(columns, matrix: Tensor, output: Tensor) -> Attribution:
     solved = torch.linalg.lstsq(matrix, output.flatten()[:, None], driver="gelsd").solution[:, 0]
     return Attribution({(part.name, part.shard): float(value) for part, value in zip(columns, solved, strict=True)})
