@@ -24,8 +24,9 @@ BOTH = pytest.mark.parametrize("threads", [False, True], ids=["greenlets", "thre
 X = torch.arange(12.0).view(4, 3)
 
 
-def mismatch(tp, body, threads=False) -> CollectiveMismatch:
-    ranks = run_ranks(Grid(tp=tp), body, threads=threads)
+def mismatch(grid: int | Grid, body, threads=False) -> CollectiveMismatch:
+    """The failure of a run on so many tp ranks, or on a grid."""
+    ranks = run_ranks(grid if isinstance(grid, Grid) else Grid(tp=grid), body, threads=threads)
     assert isinstance(ranks.failure, CollectiveMismatch), ranks.failure
     assert ranks.failed_rank is None
     return ranks.failure
@@ -43,7 +44,11 @@ def test_every_collective_gives_what_its_name_says(tp, threads):
             "all_reduce": comm.all_reduce(own),
             "all_gather": comm.all_gather(own[:, : comm.rank + 1], dim=-1),
             "reduce_scatter": comm.reduce_scatter(own.repeat(1, comm.world_size), dim=1),
+            "unequal": comm.reduce_scatter(own.repeat(tp, 1)[: tp + 3], sizes=[4, *[1] * (tp - 1)]),
             "all_to_all": comm.all_to_all([torch.full((comm.rank + 1, 2), 10.0 * comm.rank + to) for to in range(tp)]),
+            "single": comm.all_to_all_single(
+                torch.cat([torch.full((to, 2), 10.0 * comm.rank + to) for to in range(tp)]), list(range(tp))
+            ),
             "broadcast": comm.broadcast(own, source=tp - 1),
         }
 
@@ -54,6 +59,11 @@ def test_every_collective_gives_what_its_name_says(tp, threads):
         assert torch.equal(got["all_gather"], torch.cat([x[:, : r + 1] for r, x in enumerate(given)], 1))
         assert torch.equal(got["reduce_scatter"], sum(given))
         assert got["reduce_scatter"].untyped_storage().nbytes() == X.numel() * 4  # its share only, not a view of all
+        shares = sum(x.repeat(tp, 1)[: tp + 3] for x in given).split([4, *[1] * (tp - 1)])
+        assert torch.equal(got["unequal"], shares[rank])
+        rows, counts = got["single"]
+        assert counts == [rank] * tp
+        assert rows.tolist() == [[10.0 * r + rank] * 2 for r in range(tp) for _ in range(rank)]
         assert [t.tolist() for t in got["all_to_all"]] == [[[10.0 * r + rank] * 2] * (r + 1) for r in range(tp)]
         assert torch.equal(got["broadcast"], given[-1])
 
@@ -77,7 +87,9 @@ COLLECTIVES = {
     "all_reduce": lambda comm, x: comm.all_reduce(x),
     "all_gather": lambda comm, x: comm.all_gather(x),
     "reduce_scatter": lambda comm, x: comm.reduce_scatter(x),
+    "reduce_scatter in shares": lambda comm, x: comm.reduce_scatter(x, sizes=[len(x), *[0] * (comm.world_size - 1)]),
     "all_to_all": lambda comm, x: comm.all_to_all([x] * comm.world_size)[0],
+    "all_to_all_single": lambda comm, x: comm.all_to_all_single(x, [len(x), *[0] * (comm.world_size - 1)])[0],
     "broadcast": lambda comm, x: comm.broadcast(x),
 }
 
@@ -183,6 +195,116 @@ def test_groups_of_two_kinds_meet_and_are_told_apart():
     assert (lockstep.next(), lockstep.next()) == (3, None)
 
 
+# ---- the groups of a grid
+
+GRIDS = tuple(
+    Grid(tp=tp, dp=dp, ep=ep)
+    for tp, dp in [(1, 1), (4, 1), (1, 4), (2, 2), (2, 3), (3, 2), (4, 2), (2, 4), (4, 4)]
+    for ep in range(1, tp * dp + 1)
+    if tp * dp % ep == 0
+)
+EACH_GRID = pytest.mark.parametrize("grid", GRIDS, ids=str)
+
+
+def groups_of(grid: Grid) -> tuple[dict[str, Group], ...]:
+    """By rank: each of its groups by name."""
+    return run_ranks(grid, lambda comm: {"tp": comm.tp, "ep": comm.ep, "dp": comm.dp}).unwrap()
+
+
+@EACH_GRID
+def test_each_rank_is_in_one_group_of_each_kind_and_knows_its_place(grid):
+    for rank, groups in enumerate(groups_of(grid)):
+        for name, group in groups.items():
+            assert group.name == name
+            assert group.size == len(group.ranks) == getattr(grid, name)
+            assert group.ranks[group.rank] == rank
+            assert list(group.ranks) == sorted(set(group.ranks))
+
+
+@EACH_GRID
+@pytest.mark.parametrize("name", ["tp", "ep", "dp"])
+def test_the_groups_of_a_kind_share_no_rank_and_leave_none_out(name, grid):
+    found = {groups[name].ranks for groups in groups_of(grid)}
+    assert sorted(rank for ranks in found for rank in ranks) == list(range(grid.ranks))
+    for rank, groups in enumerate(groups_of(grid)):
+        assert all(groups_of(grid)[other][name].ranks == groups[name].ranks for other in groups[name].ranks), rank
+
+
+@EACH_GRID
+def test_the_ranks_of_an_ep_group_hold_every_expert_once(grid):
+    """Rank = ep rank * moe_tp + moe_tp rank, and a rank holds its moe_tp rank's piece of its ep rank's experts."""
+    for rank, groups in enumerate(groups_of(grid)):
+        experts = [other // grid.moe_tp for other in groups["ep"].ranks]
+        assert experts == list(range(grid.ep))
+        assert {other % grid.moe_tp for other in groups["ep"].ranks} == {rank % grid.moe_tp}
+        assert groups["ep"].rank == rank // grid.moe_tp
+
+
+@pytest.mark.parametrize(
+    ("grid", "tp", "ep", "dp"),
+    [
+        (Grid(tp=4, ep=2), [(0, 1, 2, 3)], [(0, 2), (1, 3)], [(0,), (1,), (2,), (3,)]),
+        (Grid(tp=2, dp=2), [(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)], [(0, 2), (1, 3)]),
+        (Grid(tp=2, ep=2, dp=2), [(0, 1), (2, 3)], [(0, 2), (1, 3)], [(0, 2), (1, 3)]),
+        (Grid(tp=2, ep=4, dp=2), [(0, 1), (2, 3)], [(0, 1, 2, 3)], [(0, 2), (1, 3)]),
+        (Grid(tp=1, ep=2, dp=4), [(0,), (1,), (2,), (3,)], [(0, 2), (1, 3)], [(0, 1, 2, 3)]),
+        (Grid(tp=3, ep=2, dp=2), [(0, 1, 2), (3, 4, 5)], [(0, 3), (1, 4), (2, 5)], [(0, 3), (1, 4), (2, 5)]),
+        (Grid(tp=3, ep=3, dp=2), [(0, 1, 2), (3, 4, 5)], [(0, 2, 4), (1, 3, 5)], [(0, 3), (1, 4), (2, 5)]),
+        (Grid(tp=2, ep=2, dp=4), [(0, 1), (2, 3), (4, 5), (6, 7)], [(0, 4), (1, 5), (2, 6), (3, 7)], [(0, 2, 4, 6), (1, 3, 5, 7)]),
+        (Grid(tp=2, ep=2, dp=1, sp=2), [(0, 1)], [(0, 1)], [(0,), (1,)]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_groups_of_a_grid_are_these(grid, tp, ep, dp):
+    for name, expected in {"tp": tp, "ep": ep, "dp": dp}.items():
+        assert sorted({groups[name].ranks for groups in groups_of(grid)}) == expected
+
+
+@BOTH
+@EACH_GRID
+def test_each_group_sums_gathers_and_exchanges_among_its_own_ranks(grid, threads):
+    def body(comm):
+        told = {}
+        for group in (comm.dp, comm.tp, comm.ep):
+            own = torch.tensor([float(2**comm.rank)])
+            told[group.name] = (
+                group.all_reduce(own).item(),
+                group.all_gather(own).tolist(),
+                group.reduce_scatter(own.repeat(group.size + 1), sizes=[*[1] * (group.size - 1), 2]).tolist(),
+                torch.cat(group.all_to_all([own + 0.5 * to for to in group.ranks])).tolist(),
+                group.broadcast(own, source=group.size - 1).item(),
+            )
+        return told
+
+    ranks = run_ranks(grid, body, threads=threads)
+    for rank, (told, groups) in enumerate(zip(ranks.unwrap(), groups_of(grid), strict=True)):
+        for name, (total, gathered, share, came, last) in told.items():
+            group = groups[name]
+            assert gathered == [2.0**other for other in group.ranks]
+            assert total == sum(gathered)
+            assert share == [total] * (2 if group.rank == group.size - 1 else 1)
+            assert came == [each + 0.5 * rank for each in gathered]
+            assert last == gathered[-1]
+        entries = ranks.ledger[rank]
+        assert [entry.group for entry in entries] == ["dp"] * 5 + ["tp"] * 5 + ["ep"] * 5
+        assert all(entry.ranks == groups[entry.group].ranks for entry in entries)
+
+
+@BOTH
+def test_groups_of_a_grid_may_run_ahead_of_each_other(threads):
+    """dp rank 1 makes ten calls of its own while dp rank 0 still waits in its first."""
+    order = []
+
+    def body(comm):
+        for step in range(10 if comm.dp.rank else 1):
+            comm.tp.all_reduce(X)
+            order.append((comm.dp.rank, step))
+        return comm.dp.all_reduce(torch.ones(1)).item()
+
+    assert run_ranks(Grid(tp=2, dp=2), body, threads=threads).unwrap() == (2.0,) * 4
+    assert len(order) == 22
+
+
 # ---- disagreement
 
 
@@ -196,6 +318,69 @@ def test_a_rank_that_returns_early_is_named_at_once(threads):
         3: "all_reduce(fp32[4, 3])",
     }
     assert str(error) == "collective 0 of group tp differs: rank 2: returned, ranks 0, 1, 3: all_reduce(fp32[4, 3])"
+
+
+@BOTH
+@pytest.mark.parametrize("wrong", range(4))
+def test_one_rank_that_calls_on_another_group_is_named_with_both_groups(wrong, threads):
+    error = mismatch(Grid(tp=2, dp=2), lambda comm: (comm.dp if comm.rank == wrong else comm.tp).all_reduce(X), threads)
+    partner = wrong ^ 1  # of its tp group
+    if wrong in (1, 3):  # the lowest rank that waits is the partner, or another one
+        assert error.group == "tp"
+        assert error.calls == {partner: "all_reduce(fp32[4, 3])", wrong: "all_reduce(fp32[4, 3]) of group dp"}
+        assert str(error) == (
+            f"collective 0 of group tp differs: rank {partner}: all_reduce(fp32[4, 3]), "
+            f"rank {wrong}: all_reduce(fp32[4, 3]) of group dp"
+        )
+    elif wrong == 0:
+        assert str(error) == "collective 0 of group dp differs: rank 0: all_reduce(fp32[4, 3]), rank 2: returned"
+    else:
+        assert str(error) == "collective 0 of group dp differs: rank 0: returned, rank 2: all_reduce(fp32[4, 3])"
+
+
+@BOTH
+def test_ranks_that_wait_for_each_other_in_two_groups_are_told_at_once(threads):
+    """Rank 0 reduces over tp before dp, rank 1 over dp before tp, and so on round the square."""
+
+    def body(comm):
+        first, second = (comm.tp, comm.dp) if comm.rank in (0, 3) else (comm.dp, comm.tp)
+        first.all_reduce(X)
+        second.all_reduce(X)
+
+    error = mismatch(Grid(tp=2, dp=2), body, threads)
+    assert str(error) == (
+        "collective 0 of group tp differs: rank 0: all_reduce(fp32[4, 3]), rank 1: all_reduce(fp32[4, 3]) of group dp"
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_rank_that_skips_its_all_to_all_is_named_with_what_it_does_instead(goes_on, threads):
+    def body(comm):
+        comm.dp.all_gather(X)
+        if comm.rank != 2:
+            comm.ep.all_to_all([X] * comm.ep.size)
+        if goes_on:
+            comm.tp.all_reduce(X)
+
+    sent = f"all_to_all({', '.join(['fp32[4, 3]'] * 4)})"
+    instead = "all_reduce(fp32[4, 3]) of group tp" if goes_on else "returned"
+    error = mismatch(Grid(tp=2, ep=4, dp=2), body, threads)
+    assert str(error) == f"collective 0 of group ep differs: rank 2: {instead}, ranks 0, 1, 3: {sent}"
+
+
+@BOTH
+def test_a_rank_that_skips_an_exchange_of_rows_in_a_cut_grid_stops_its_own_ep_group_alone(threads):
+    """tp4.ep2: ranks 0, 2 and 1, 3 exchange among themselves, and 1, 3 have met when 2 turns out to be missing."""
+
+    def body(comm):
+        if comm.rank != 2:
+            comm.ep.all_to_all_single(X, [1, 3])
+        comm.tp.all_reduce(X)
+
+    error = mismatch(Grid(tp=4, ep=2), body, threads)
+    assert error.calls == {0: "all_to_all_single(fp32[4, 3], sizes=[1, 3])", 2: "all_reduce(fp32[4, 3]) of group tp"}
+    assert (error.index, error.group) == (0, "ep")
 
 
 @BOTH
@@ -236,6 +421,13 @@ def test_a_rank_that_calls_something_else_is_named(what, threads):
         (lambda comm: comm.all_gather(X, dim=0), lambda comm: comm.all_gather(X.double(), dim=0)),
         (lambda comm: comm.reduce_scatter(X, dim=0), lambda comm: comm.reduce_scatter(X, dim=1)),
         (lambda comm: comm.reduce_scatter(X, dim=0), lambda comm: comm.reduce_scatter(X[:2], dim=0)),
+        (lambda comm: comm.reduce_scatter(X, sizes=[1, 3]), lambda comm: comm.reduce_scatter(X, sizes=[3, 1])),
+        (lambda comm: comm.reduce_scatter(X, sizes=[2, 2]), lambda comm: comm.reduce_scatter(X)),
+        (lambda comm: comm.reduce_scatter(X, sizes=[0, 4]), lambda comm: comm.reduce_scatter(X[:2], sizes=[0, 2])),
+        (lambda comm: comm.all_to_all_single(X, [1, 3]), lambda comm: comm.all_to_all([X, X])),
+        (lambda comm: comm.all_to_all_single(X, [1, 3]), lambda comm: comm.all_to_all_single(X[:, :2], [1, 3])),
+        (lambda comm: comm.all_to_all_single(X, [1, 3]), lambda comm: comm.all_to_all_single(X.half(), [1, 3])),
+        (lambda comm: comm.all_to_all_single(X, [1, 3]), lambda comm: comm.all_to_all_single(None, [1, 3])),
         (lambda comm: comm.broadcast(X, source=0), lambda comm: comm.broadcast(X, source=1)),
         (lambda comm: comm.broadcast(X), lambda comm: comm.broadcast(X[1:])),
         (lambda comm: comm.all_to_all([X, X]), lambda comm: comm.all_to_all([X, X, X])),
@@ -278,6 +470,59 @@ def test_shares_that_are_not_equal_are_refused_with_the_padded_width(threads):
     assert str(failure) == (
         "collective 0 of group tp: ranks 0, 1: reduce_scatter(fp32[4, 3], dim=1): "
         "dim 1 of width 3 has no 2 equal shares; pad it to 4"
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("sizes", [(4, 0, 0), (0, 4, 0), (0, 0, 4), (0, 1, 3), (2, 0, 2)])
+def test_a_sum_is_scattered_in_shares_of_which_some_may_be_empty(sizes, threads):
+    """Each rank's share, also along a dim counted from the end, and of its own memory."""
+
+    def body(comm):
+        return comm.reduce_scatter(X + comm.rank, sizes=sizes), comm.reduce_scatter((X + comm.rank).T, -1, sizes)
+
+    total = X + (X + 1) + (X + 2)
+    for rank, (rows, columns) in enumerate(run_ranks(Grid(tp=3), body, threads=threads).unwrap()):
+        assert torch.equal(rows, total.split(list(sizes))[rank])
+        assert torch.equal(columns, total.split(list(sizes))[rank].T)
+        assert rows.untyped_storage().nbytes() == rows.numel() * 4
+
+
+@BOTH
+def test_ranks_that_disagree_about_the_shares_are_named_with_theirs(threads):
+    def body(comm):
+        return comm.dp.reduce_scatter(X, sizes=[3, 1] if comm.rank == 3 else [1, 3])
+
+    error = mismatch(Grid(tp=2, dp=2), body, threads)
+    assert str(error) == (
+        "collective 0 of group dp differs: rank 1: reduce_scatter(fp32[4, 3], sizes=[1, 3]), "
+        "rank 3: reduce_scatter(fp32[4, 3], sizes=[3, 1])"
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("sizes", [(1, 2), (4, 1), (4,), (2, 1, 1), (-1, 5)])
+def test_shares_that_do_not_add_up_are_refused_with_what_would(sizes, threads):
+    failure = run_ranks(Grid(tp=2), lambda comm: comm.reduce_scatter(X, sizes=sizes), threads=threads).failure
+    assert isinstance(failure, UsageError)
+    assert str(failure) == (
+        f"collective 0 of group tp: ranks 0, 1: reduce_scatter(fp32[4, 3], sizes={list(sizes)}): "
+        "expected 2 sizes of 0 or more that add up to 4"
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("sizes", [(1, 2), (4, 1), (4,), (2, 1, 1), (-1, 5)])
+def test_rows_that_the_sizes_of_one_rank_do_not_cover_are_refused_by_that_rank(sizes, wrong, threads):
+    def body(comm):
+        return comm.ep.all_to_all_single(X, sizes if comm.ep.rank == wrong else [1, 3])
+
+    failure = run_ranks(Grid(dp=2, ep=2), body, threads=threads).failure
+    assert isinstance(failure, UsageError)
+    assert str(failure) == (
+        f"collective 0 of group ep: rank {wrong}: all_to_all_single(fp32[4, 3], sizes={list(sizes)}): "
+        "expected 2 sizes of 0 or more that add up to its 4 rows"
     )
 
 
