@@ -148,6 +148,30 @@ def test_known_faults_and_layers_that_a_system_lacks_leave_the_exit_code_at_zero
     assert done.returncode == 0
 
 
+@pytest.mark.usefixtures("layers")
+def test_a_grid_with_unequal_shares_is_a_case_like_any_other_and_its_repro_shows_it_again(command: Command):
+    systems = ("--system", "runner,transformers,layers.py:good,layers.py:wrong", "--json", "--jobs", "1")
+    grid, empty = "mixtral@tp2.ep4.dp2.bf16.tokens3_0", "mixtral@tp2.ep2.sp2.tokens0"
+    done = command("check", "mixtral@sp1.tokens3_0.dp2.bf16.ep4.tp2", empty, *systems)
+    found = {(each["system"], each["case"]): each for each in findings(done.stdout)}
+    assert {key: each["verdict"] for key, each in found.items()} == {
+        ("runner", grid): "ok",
+        ("runner", empty): "ok",
+        ("transformers", grid): "not-applicable",
+        ("transformers", empty): "not-applicable",
+        ("layers.py:good", grid): "ok",  # it reduces over tp and knows no other group
+        ("layers.py:good", empty): "ok",
+        ("layers.py:wrong", grid): "mismatch",
+        ("layers.py:wrong", empty): "ok",
+    }
+    assert done.returncode == 1
+    wrong = found["layers.py:wrong", grid]
+    assert "tp*R" in wrong["diagnosis"]
+    program, *arguments = shlex.split(wrong["repro"])
+    assert program == "moe-harness"
+    assert list(findings(command(*arguments, "--json", "--jobs", "0").stdout)) == [wrong]
+
+
 def test_a_part_of_the_main_job_is_selected_by_options_and_shown_as_a_table(command: Command):
     selected = ("--model", "dots1,olmoe", "--tp", "1,2", "--dtype", "fp32,bf16", "--tokens", "0,7")
     done = command("check", *selected, "--system", "legacy,transformers", "--jobs", "2")
