@@ -269,7 +269,7 @@ def test_a_tensor_that_only_one_side_has_is_refused_by_its_name():
         build(case, weights)
 
 
-@pytest.mark.parametrize("option", ["scale", "kernel", "order", "pad", "backend"])
+@pytest.mark.parametrize("option", [name for name in OPTIONS if name not in ("size", "s")])
 def test_an_option_of_the_runner_is_not_applicable_to_transformers(option: str):
     value = OPTIONS[option][0][-1]
     case = replace(Case(model="deepseek_v3"), **{option: value})
@@ -277,7 +277,8 @@ def test_an_option_of_the_runner_is_not_applicable_to_transformers(option: str):
 
 
 def test_more_than_one_rank_is_not_applicable_to_transformers():
-    assert SYSTEM.supports(Case(model="mixtral", grid=Grid(tp=2))) == "transformers runs on one rank"
+    for grid in (Grid(tp=2), Grid(dp=2), Grid(tp=2, ep=2), Grid(tp=2, ep=2, sp=2), Grid(tp=2, ep=4, dp=2)):
+        assert SYSTEM.supports(Case(model="mixtral", grid=grid)) == "transformers runs on one rank"
     assert SYSTEM.supports(Case(model="lfm2_moe", s="real")) is None
     assert SYSTEM.supports(Case(model="step3p5", size="wide")) is None
 
