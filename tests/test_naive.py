@@ -25,15 +25,17 @@ def _given(spec: MoESpec, dtype: str, tokens: int) -> tuple[dict[str, Tensor], T
     return weights, drawn, forward(spec, weights, drawn.hidden_states, is_vision_M=drawn.is_vision)
 
 
-def _error_over_bound(spec: MoESpec, dtype: str, tokens: int, tp: int, precision: RouterPrecision) -> float:
+def _error_over_bound(
+    spec: MoESpec, dtype: str, tokens: int, tp: int, precision: RouterPrecision, shared_tp: int | None = None
+) -> float:
     """The larger run's worst element in units of the certified bound: above 1, oracle or yardstick is wrong."""
     weights, drawn, stages = _given(spec, dtype, tokens)
     given = (spec, weights, drawn.hidden_states, stages, tp, precision, drawn.is_vision)
     keep_M = torch.ones(tokens, dtype=torch.bool)
     if spec.routing.scoring_func == "sparsemixer":  # leave out masks that rounding of the logits may change
         keep_M = ~undecided_rows(spec.routing, stages.logits_ME, None, torch.full_like(stages.logits_ME, 0.05))
-    bound_MH = analyse(*given).bound_MH
-    return max(float(((run.double() - stages.output_MH).abs() / bound_MH)[keep_M].amax()) for run in naive(*given))
+    bound_MH, runs = analyse(*given, shared_tp=shared_tp).bound_MH, naive(*given, shared_tp=shared_tp)
+    return max(float(((run.double() - stages.output_MH).abs() / bound_MH)[keep_M].amax()) for run in runs)
 
 
 @pytest.mark.parametrize("model", models.names())
@@ -42,6 +44,28 @@ def test_both_runs_follow_the_law_of_every_model_within_the_certified_bound(mode
     spec = models.load(model).twin
     for tp in (1, 8):
         assert _error_over_bound(spec, dtype, 7, tp, FP32 if dtype == "fp32" else MODEL) < 1
+
+
+WITH_SHARED = [name for name in models.names() if models.load(name).twin.shared is not None]
+
+
+@pytest.mark.parametrize("model", WITH_SHARED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shared_experts_cut_otherwise_than_the_routed_ones_follow_the_law(model: str, dtype: str) -> None:
+    spec = models.load(model).twin
+    for tp, shared_tp in ((8, 1), (8, 2), (4, 2), (1, 4)):
+        assert _error_over_bound(spec, dtype, 7, tp, FP32 if dtype == "fp32" else MODEL, shared_tp) < 1
+
+
+@pytest.mark.parametrize("model", ["deepseek_v3", "nemotron_h"])
+def test_a_cut_that_the_shared_experts_share_is_the_default(model: str) -> None:
+    spec = models.load(model).twin
+    weights, drawn, stages = _given(spec, "bf16", 7)
+    given = (spec, weights, drawn.hidden_states, stages, 4, MODEL)
+    for named, plain in zip(naive(*given, shared_tp=4), naive(*given), strict=True):
+        assert torch.equal(named, plain)
+    one, other = (naive(*given, shared_tp=count)[1] for count in (1, 4))
+    assert not torch.equal(one, other)  # or the number would not count
 
 
 def _changed(experts: Experts, change: str) -> Experts:
