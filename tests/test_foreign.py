@@ -5,14 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from harness.case import Grid, parse
+from harness.case import OPTIONS, Grid, parse
 from harness.comm.simulated import run_ranks
 from harness.errors import CouldNotRun, UsageError
-from harness.systems import foreign
+from harness.systems import OUR_OPTIONS, foreign
 from harness.systems.foreign import ForeignSystem
 
 CASE = parse("mixtral")
@@ -91,6 +92,25 @@ def test_build_receives_spec_weights_and_communicator_and_runs_on_ranks(tmp_path
     body = lambda comm: system.build(CASE, {"scale": 2.0}, comm)(1.0 + comm_tensor())  # noqa: E731
     results = run_ranks(Grid(tp=2), body, threads=True).unwrap()
     assert [result.item() for result in results] == [4.0 * CASE.spec.hidden_size] * 2
+
+
+def test_a_layer_finds_its_groups_on_a_grid_and_talks_over_each(tmp_path):
+    source = """
+        def build(spec, weights, comm):
+            assert comm.tp.size == 2 and comm.ep.size == 4 and comm.dp.size == 2
+            return lambda x: [group.all_gather(x + comm.rank).tolist() for group in (comm.tp, comm.ep, comm.dp)]
+    """
+    system = ForeignSystem(layer(tmp_path, source))
+    body = lambda comm: system.build(CASE, {}, comm)(comm_tensor())  # noqa: E731
+    results = run_ranks(Grid(tp=2, ep=4, dp=2), body, threads=True).unwrap()
+    assert results[2] == [[2.0, 3.0], [0.0, 1.0, 2.0, 3.0], [0.0, 2.0]]
+
+
+@pytest.mark.parametrize("option", OUR_OPTIONS)
+def test_an_option_of_our_own_systems_is_not_applicable_to_a_layer_from_outside(tmp_path, option):
+    case = replace(parse("deepseek_v3@tp2.ep2"), **{option: OPTIONS[option][0][-1]})
+    expected = f"a layer from outside has no {option}={OPTIONS[option][0][-1]}"
+    assert ForeignSystem(layer(tmp_path, GOOD)).supports(case) == expected
 
 
 def comm_tensor():
