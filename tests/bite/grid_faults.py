@@ -276,7 +276,7 @@ RIGHT: dict[str, type[Layer]] = {
 
 def legal(name: str, grid: Any) -> bool:
     """Whether that right layer exists on a grid."""
-    if name in ("rows",):
+    if name == "rows":
         return bool(grid.moe_tp == 1)
     return "send" not in name or grid.tp % grid.moe_tp == 0
 
@@ -758,7 +758,7 @@ def _down_of_the_next_piece(layer: Layer) -> None:
     layer.cut(layer.held[layer.ep.rank], (layer.piece + 1) % layer.pieces, layer.pieces)
     down = layer.down
     Layer.load(layer)
-    layer.gate, layer.up, layer.down = layer.gate, layer.up, down
+    layer.down = down
 
 
 def _halves_cut_as_one(layer: Layer) -> None:
@@ -837,8 +837,7 @@ def _as_many_as_dp_rank_0(layer: Layer, partial: Tensor, sizes: list[int]) -> Te
 
 def _chunks_by_own_count(layer: Layer, x: Tensor) -> Tensor:
     """Rows go in chunks of 8, as many as this rank has."""
-    parts = [Layer.routed(layer, part) for part in x.split(8)]
-    return torch.cat(parts)
+    return torch.cat([Layer.routed(layer, part) for part in x.split(8)])
 
 
 def _reduced_early_on_rank_0(layer: Layer, x: Tensor) -> Tensor:
@@ -861,7 +860,7 @@ def _weights_of_the_neighbouring_slot(layer: Layer, x: Tensor, w: Tensor, ids: T
 
 
 def _dropped_on_the_last_rank(layer: Layer, rows: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
-    """The last rank's block size is 16 rows, and what does not fill a block is not computed: here 4."""
+    """On the last rank, rows that do not fill a block of four are not computed."""
     full = len(rows) // 4 * 4 if _last_rank(layer) else len(rows)
     return rows[:full], slot[:full]
 
@@ -876,10 +875,9 @@ def _fewer_columns_on_the_last(layer: Layer, x: Tensor) -> Tensor | None:
     place, pieces = layer.shared_cut
     if place < pieces - 1:
         return Layer.shared(layer, x)
-    kept = dict(layer.weights)
     down = layer.weights["shared_w2"].clone()
     down[:, -(down.shape[1] // pieces // 2) :] = 0.0
-    layer.weights = {**kept, "shared_w2": down}
+    layer.weights = {**layer.weights, "shared_w2": down}
     return Layer.shared(layer, x)
 
 
@@ -1055,21 +1053,6 @@ def _swapped_with_a_frozen_plan(kernel: str) -> Callable[[Any, Tensor], Tensor]:
         return layer.forward(x)  # type: ignore[no-any-return]
 
     return calls
-
-
-class OneSlot(dict):  # type: ignore[type-arg]
-    """The shared outputs of all micro-batches under one key, as if there were one buffer."""
-
-    def __contains__(self, key: object) -> bool:
-        return False if len(self) < 1 else self.reading
-
-    reading = False
-
-    def __setitem__(self, key: object, value: Tensor) -> None:
-        super().__setitem__(0, value)
-
-    def pop(self, key: object) -> Tensor:  # type: ignore[override]
-        return self[0]  # type: ignore[no-any-return]
 
 
 def _micro_batches_with_one_slot(layer: Any, x: Tensor) -> Tensor:
