@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from harness.case import Case, Grid
+from harness.case import Case, Grid, parse_grid
 from harness.check import check
 from harness.finding import Verdict
 from harness.systems.runner import RunnerSystem
@@ -32,6 +34,11 @@ ON_RANKS = {
 }
 
 
+# Where dp > 1 a naive combine has summed R over dp by then.
+ON_GRIDS = ON_RANKS | {"nothing reduced": (faulty.NOTHING_REDUCED, "a sum over tp is missing", "B8")}
+GRIDS = ("tp2.ep2", "tp4.ep2", "dp2", "tp2.ep4.dp2", "tp2.ep2.sp2", "tp4.ep8.dp2.sp4")
+
+
 def judged(plant: faulty.Plant, case: Case):
     return check(case, faulty.Faulty(plant))
 
@@ -56,6 +63,29 @@ def test_a_fault_of_the_reduction_is_found_and_named_on_every_size(name: str, tp
     assert finding.verdict is Verdict.MISMATCH
     assert words in finding.diagnosis, finding.diagnosis
     assert finding.family == family
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_the_law_is_found_and_named_on_every_grid(name: str, grid: str):
+    plant, words, family = FAULTS[name]
+    for dtype in ("fp32", "bf16", "fp16"):
+        finding = judged(plant, Case(model="glm4_moe", grid=parse_grid(grid), dtype=dtype, scale="router"))
+        assert finding.verdict is Verdict.MISMATCH
+        assert words in finding.diagnosis, finding.diagnosis
+        assert finding.family == family
+
+
+@pytest.mark.parametrize("grid", ["tp2.ep2", "tp4.ep2", "tp3.ep3", "tp2.ep4.dp2", "tp2.ep2.dp2", "tp3.ep2.dp2"])
+@pytest.mark.parametrize("name", ON_RANKS)
+def test_a_fault_of_the_reduction_is_found_and_named_on_every_grid(name: str, grid: str):
+    case = Case(model="deepseek_v3", grid=parse_grid(grid), tokens=33, scale="router")
+    plant, words, family = (ON_GRIDS if case.grid.dp > 1 else ON_RANKS)[name]
+    for dtype in ("fp32", "bf16", "fp16"):
+        finding = judged(plant, replace(case, dtype=dtype))
+        assert finding.verdict is Verdict.MISMATCH
+        assert words in finding.diagnosis, finding.diagnosis
+        assert finding.family == family
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -128,4 +158,7 @@ def test_the_clean_runner_passes_every_case_that_convicts_a_fault():
         for model, tokens in (("glm4_moe", 7), ("deepseek_v3", 33), ("mixtral", 7), ("mixtral", 33)):
             for tp in (1, 2, 3, 4, 8):
                 case = Case(model=model, grid=Grid(tp=tp), dtype=dtype, tokens=tokens)
+                assert check(case, CLEAN).verdict is Verdict.OK, case
+            for grid in (*GRIDS, "tp3.ep3", "tp2.ep2.dp2", "tp3.ep2.dp2"):
+                case = Case(model=model, grid=parse_grid(grid), dtype=dtype, tokens=tokens)
                 assert check(case, CLEAN).verdict is Verdict.OK, case
