@@ -18,7 +18,7 @@ def resolve(calls: Sequence[Call]) -> Results:
     """Each rank's result, in the order of the group; calls holds one call of every rank, in that order.
 
     Every result is new memory, so a rank that changes it, or what it gave, reaches no other.
-    Raises CollectiveMismatch if the calls differ in what has to be equal, UsageError if all of them ask the impossible.
+    Raises CollectiveMismatch if the calls differ in what has to be equal, UsageError if they ask the impossible.
     """
     first = calls[0]
     agreement = _agreement(first)
@@ -26,11 +26,11 @@ def resolve(calls: Sequence[Call]) -> Results:
         if call.op != first.op or _agreement(call) != agreement:
             raise CollectiveMismatch(first.number, first.group.name, {c.rank: str(c) for c in calls})
     rule = RULES[first.op]
-    if problem := _not_tensors(first) or rule.problem(first):
+    if problem := _not_tensors(first) or (None if rule.each else rule.problem(first)):
         everybody = ranks_text(first.group.ranks)
         raise UsageError(f"collective {first.number} of group {first.group.name}: {everybody}: {first}: {problem}")
-    if first.op == "all_to_all_single":
-        for call in calls[1:]:
+    if rule.each:
+        for call in calls:
             if problem := rule.problem(call):
                 raise UsageError(
                     f"collective {call.number} of group {call.group.name}: rank {call.rank}: {call}: {problem}"
@@ -116,7 +116,6 @@ def _not_one_each(call: Call) -> str | None:
 
 
 def _no_row_sizes(call: Call) -> str | None:
-    """Checked for every rank: each has sizes of its own."""
     rows, size = call.tensors[0].shape[0] if call.tensors[0].dim() else 0, call.group.size
     right = len(call.sizes) == size and min(call.sizes) >= 0 and sum(call.sizes) == rows
     return None if right else f"expected {size} sizes of 0 or more that add up to its {rows} rows"
@@ -165,11 +164,15 @@ def _sum(calls: Sequence[Call]) -> Tensor:
 
 
 class Rule(NamedTuple):
-    """agreement: what has to be equal.    problem: why no rank could ever call this.    compute: the results."""
+    """agreement: what has to be equal.    problem: why no rank could ever call this.    compute: the results.
+
+    each: whether ranks may ask for different things, so that the problem can be one rank's alone.
+    """
 
     agreement: Callable[[Call], Hashable]
     problem: Callable[[Call], str | None]
     compute: Callable[[Sequence[Call]], Results]
+    each: bool = False
 
 
 RULES = {
@@ -177,6 +180,6 @@ RULES = {
     "all_gather": Rule(_dtype_and_shape_beside_dim, _dim_missing, _all_gather),
     "reduce_scatter": Rule(_dtype_shape_dim, _no_shares, _reduce_scatter),
     "all_to_all": Rule(_dtypes, _not_one_each, _all_to_all),
-    "all_to_all_single": Rule(_dtype_and_row_shape, _no_row_sizes, _all_to_all_single),
+    "all_to_all_single": Rule(_dtype_and_row_shape, _no_row_sizes, _all_to_all_single, each=True),
     "broadcast": Rule(_dtype_shape_argument, _source_missing, _broadcast),
 }
