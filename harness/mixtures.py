@@ -11,7 +11,7 @@ from torch import Tensor
 from harness.algebra import RESIDUAL_LIMIT, Evidence, fit_symbol, law, symbol_values
 from harness.layout import ROUTED
 from harness.parts import LETTERS, parts, rank_shares, shares
-from harness.recover import Story
+from harness.recover import Story, numbers_text, span_text
 
 
 def mixture_story(evidence: Evidence) -> Story | None:
@@ -114,23 +114,57 @@ def _cut_over_all(evidence: Evidence) -> Story | None:
     return Story("B5", "shared", told + "that ranks of other dp ranks hold")
 
 
+# The part of the squared miss that one number for each row may leave: rounding alone passes for a small constant.
+_LEFT_BY_CONSTANT = 0.1
+
+
 def _constant(evidence: Evidence) -> Story | None:
-    """All columns of a row are off by the same number: a workspace that was filled, not computed, has been added."""
-    miss_MH = (evidence.assembled_MH - evidence.given.stages.output_MH)[evidence.wrong_RM.any(0)]
-    naive_M = evidence.naive_M[evidence.wrong_RM.any(0)]
-    level_M1 = miss_MH.mean(-1, keepdim=True)
-    growth = 1.0 + float(level_M1.abs().max())
+    """All columns of a row are off by the same number."""
+    given, wrong_M = evidence.given, evidence.wrong_RM.any(0)
+    miss_MH = (evidence.assembled_MH - given.stages.output_MH)[wrong_M]
     if miss_MH.shape[1] < 2 or not evidence.ranks_agree:
         return None
-    if not bool(((miss_MH - level_M1).norm(dim=-1) <= RESIDUAL_LIMIT * growth * (naive_M + naive_M.mean())).all()):
+    level_M1, root = miss_MH.mean(-1, keepdim=True), miss_MH.shape[1] ** 0.5
+    size_M = given.stages.output_MH[wrong_M].norm(dim=-1).clamp(min=1e-30)
+    growth_M = 1.0 + level_M1[:, 0].abs() * root / size_M
+    limit_M = RESIDUAL_LIMIT * growth_M * (evidence.naive_M[wrong_M] + evidence.naive_M.mean())
+    left_MH = miss_MH - level_M1
+    if not bool((left_MH.norm(dim=-1) <= limit_M).all()):
         return None
-    least, most = f"{float(level_M1.min()):.3g}", f"{float(level_M1.max()):.3g}"
-    if least == most:
-        return Story(None, "output", f"every number is off by {least}: a constant is added")
-    by = f"{least} to {most}"
-    return Story(
-        "G2", "routed", f"all columns of a row are off by the same number, {by}: slots that nobody wrote are added"
-    )
+    if float(left_MH.square().sum()) > _LEFT_BY_CONSTANT * float(miss_MH.square().sum()):
+        return None
+    same = f"off by the same number, {span_text(level_M1)}"
+    slots_M = _slots_elsewhere(evidence)
+    used_M = slots_M[wrong_M]
+    value = float((level_M1[:, 0] * used_M).sum() / used_M.square().sum().clamp(min=1.0))
+    fits = bool(((level_M1[:, 0] - value * used_M).abs() <= limit_M / root).all())
+    if value and fits and bool((used_M > 0).all()) and not bool((slots_M[~wrong_M] > 0).any()) and _varied(slots_M):
+        told = f"slots that nobody wrote hold {value:.3g} and are added"
+        return Story("G2", "routed", f"all columns of a row are {same}: {told}")
+    level = float(level_M1.mean())
+    if bool(((level_M1[:, 0] - level).abs() <= limit_M / root).all()):
+        told = "every number" if bool(wrong_M.all()) else f"every number of tokens {_told_rows(wrong_M)}"
+        return Story(None, "output", f"{told} is off by {level:.3g}: a constant is added")
+    return Story(None, "output", f"all columns of a row are {same}: no cause of such numbers is known")
+
+
+def _varied(counts_M: Tensor) -> bool:
+    """Whether two numbers or more stand there twice or more: one row alone can be anything."""
+    return int((counts_M.unique(return_counts=True)[1] > 1).sum()) > 1
+
+
+def _told_rows(rows_M: Tensor) -> str:
+    return numbers_text(rows_M.nonzero()[:, 0].tolist())
+
+
+def _slots_elsewhere(evidence: Evidence) -> Tensor:
+    """float64 [M]: slots of a token on the ranks that it is sent to, less those of the experts that they hold."""
+    layout, ids_MK = evidence.layout, evidence.given.stages.topk_ids_MK
+    if layout.owners is None or int(ids_MK.max()) >= len(layout.owners):
+        return torch.zeros(len(ids_MK), dtype=torch.float64)
+    owner_MK = torch.tensor(layout.owners)[ids_MK]
+    visited_M = torch.zeros(len(ids_MK), layout.grid.ep).scatter(1, owner_MK, 1.0).sum(-1).double()
+    return (visited_M - 1) * ids_MK.shape[1] * layout.grid.moe_tp
 
 
 def _misrouted(evidence: Evidence) -> Story | None:

@@ -181,7 +181,7 @@ def _lost(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor, ids_MK: Tensor, lay
         weights = found_ME[:, extra[0]][(counted & ~visited)[:, extra[0]]]
         return Story(
             "F7", "topk_ids",
-            f"expert {extra[0]} counts for {len(weights)} tokens that were not routed to it, with weights {_span(weights)}",
+            f"expert {extra[0]} counts for {len(weights)} tokens that were not routed to it, with weights {span_text(weights)}",
         )  # fmt: skip
     lost = visited & ~counted
     if not bool(lost.any()) or bool((counted & ~visited).any()) or not bool((right | lost).all()):
@@ -219,12 +219,12 @@ def _rescaled(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor) -> Story | None
     lawful, found = law_ME.sum(-1), found_ME.sum(-1)
     return Story(
         None, "topk_weights",
-        f"each token has the right experts in the right proportions, but their weights sum to {_span(found)} "
-        f"instead of {_span(lawful)}: another normalisation",
+        f"each token has the right experts in the right proportions, but their weights sum to {span_text(found)} "
+        f"instead of {span_text(lawful)}: another normalisation",
     )  # fmt: skip
 
 
-def _span(values: Tensor) -> str:
+def span_text(values: Tensor) -> str:
     """'0.25' or '0.5 to 0.75'."""
     least, most = f"{float(values.min()):.3g}", f"{float(values.max()):.3g}"
     return least if least == most else f"{least} to {most}"

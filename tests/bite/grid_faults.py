@@ -1348,6 +1348,10 @@ FAULTS: dict[str, Fault] = {
         family="G2", says="slots of experts elsewhere hold 3.0 and are added", words=("slot",),
         shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2 tp2.dp2", how={"experts": _unwritten_slots(3.0)},
     ),
+    "unwritten_slots_sent": Fault(
+        family="G2", says="slots of experts elsewhere hold 3.0 and are added, on the ranks that a row visits", words=("slot", "hold 3 "), on="send", models=SPREAD,
+        shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", lawful="tp1 tp2", how={"experts": _unwritten_slots(3.0)},
+    ),
     "unwritten_slots_are_nan": Fault(
         family="G2 G5", says="slots of experts elsewhere hold NaN and are added", words=("NaN",),
         shows="tp2.ep2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", how={"experts": _unwritten_slots(torch.nan)},
