@@ -1,6 +1,6 @@
 """From a wrong output to one sentence: what was counted how often, times what, on which rank, and why that happens.
 
-First the algebra of the parts (algebra.py), then the wrong laws (variants.py), then single experts, then what the router
+First the algebra of the parts (algebra.py), then the wrong laws (variants/), then single experts, then what the router
 must have chosen. A simpler explanation comes before a finer one. What nothing explains is called unknown, with its figures.
 """
 
@@ -256,6 +256,9 @@ def _some_columns_cause(evidence: Evidence) -> Diagnosis | None:
     readings = _each(alone, lambda e, rank: read_whole(e, rank) or read_shares(e, rank))
     if readings is None or not all(reading.is_symbolic for reading in readings.values()):
         return None
+    factors = {symbol for reading in readings.values() for symbol in reading.symbols.values()}
+    if factors == {"0"} or factors <= {"2", "2*s"}:
+        return None  # y itself is 0 or doubled there, whatever its parts: rows_story tells that
     numbers = numbers_text(wrong_H.nonzero()[:, 0].tolist())
     told = _algebra_sentence(alone, readings, f" in columns {numbers} of {len(wrong_H)}")
     return told if told.family is not None else None
