@@ -115,23 +115,24 @@ def _plain_cause(evidence: Evidence) -> Diagnosis | None:
     bad = [r for r, output in enumerate(evidence.outputs) if not bool(output.isfinite().all())]
     held = [output[rows] for output, rows in zip(evidence.outputs, evidence.held_RM, strict=True)]
     if bad:
-        output = evidence.outputs[bad[0]]
-        rows = (~output.isfinite()).any(-1).nonzero()[:, 0]
-        kind = "NaN" if bool(output.isnan().any()) else "infinity"
-        stage, why = _first_extreme_stage(evidence, int(rows[0]))
+        outputs_RMH = torch.stack(list(evidence.outputs))
+        bad_M = ((~outputs_RMH.isfinite()).any(-1) & evidence.held_RM).any(0)
+        row = int(bad_M.nonzero()[0, 0])
+        kind = "NaN" if bool(outputs_RMH.isnan().any()) else "infinity"
+        stage, why = _first_extreme_stage(evidence, row)
         return Diagnosis(
-            f"{kind} in {len(rows)} of {len(held[bad[0]])} rows, first in token {int(rows[0])}, "
+            f"{kind} in {int(bad_M.sum())} of {int(evidence.held_RM.any(0).sum())} rows, first in token {row}, "
             f"on {evidence.layout.where(bad)}; {why}",
             "G5" if kind == "NaN" else "D12", stage,
         )  # fmt: skip
-    zero = [r for r, rows in enumerate(held) if not bool(rows.any()) and bool(evidence.wrong_RM[r].any())]
+    zero = _zero_ranks(evidence)
     if len(zero) == sum(map(bool, map(len, held))):
         return Diagnosis(
             "y = 0 on every rank: nothing was computed or nothing was written",
             "A6",
             coefficients={"routed": "0", "shared": "0"},
         )
-    if zero:
+    if zero and not bool(evidence.wrong_RM[[r for r in range(len(held)) if r not in zero]].any()):
         where = evidence.layout.where(zero)
         return Diagnosis(f"y = 0 on {where}: nothing was computed or nothing was written there", "A6")
     if evidence.given.dtype is torch.float32:
@@ -142,6 +143,12 @@ def _plain_cause(evidence: Evidence) -> Diagnosis | None:
                     "P1",
                 )
     return None
+
+
+def _zero_ranks(evidence: Evidence) -> list[int]:
+    """The ranks that return nothing but zeros, and should not."""
+    held = zip(evidence.outputs, evidence.held_RM, strict=True)
+    return [r for r, (y, rows) in enumerate(held) if not bool(y[rows].any()) and bool(evidence.wrong_RM[r].any())]
 
 
 def _first_extreme_stage(evidence: Evidence, row: int) -> tuple[str, str]:
@@ -456,6 +463,8 @@ def _whereabouts(evidence: Evidence, relative: float) -> str:
     visited = suspects(given.stages.topk_ids_MK, wrong_M)
     if visited:
         clues.append(f"exactly the tokens that visit expert {' or '.join(map(str, visited))}")
+    if zero := _zero_ranks(evidence):
+        clues.append(f"y = 0 on {evidence.layout.where(zero)}")
     right = [r for r, wrong in enumerate(wrong_RM) if not bool(wrong.any()) and bool(evidence.held_RM[r].any())]
     if given.dtype is torch.float32 and bool(wrong_M.all()) and 2**-12 < relative < 2**-6:
         clues.append("as little as a rounding to bf16 or fp16 somewhere would do")

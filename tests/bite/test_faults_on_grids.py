@@ -47,9 +47,6 @@ NAMELESS = {
 }
 # What is blamed on another fault today, as "fault@grid": to be emptied, never to grow.
 MISNAMED = {
-    "summed_instead_of_joined@tp4.ep4.sp4",  # zeros on some ranks are told first, though the others are wrong in other ways
-    "padding_left_in@ep4.dp4.tokens5_1_9_3",
-    "not_summed_below_tp@tp4.ep8.dp2.tokens2_9",
     "scattered_without_sum@tp4.ep4",  # without shared experts: lost pairs are told first
     "sent_once_a_slot@tp4.ep4",
 }
