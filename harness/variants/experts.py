@@ -28,10 +28,10 @@ def rules(given: Problem) -> Iterator[Variant]:
         yield Variant(
             "F1", "routed", "gate and up are exchanged in the routed experts", partial(exchanged, given, "w13", "b13")
         )
-        other = _other_layout(given)
+        layout = _other_layout(given)
         yield Variant(
-            "F2", "routed", f"w13 is read as {other}, it is stored {experts.layout}, in the routed experts",
-            lambda: _with_experts(given, layout=other),
+            "F2", "routed", f"w13 is read as {layout}, it is stored {experts.layout}, in the routed experts",
+            partial(_with_experts, given, layout=layout),
         )  # fmt: skip
     if act.clamp != "none":
         other = "after" if act.clamp == "before" else "before"

@@ -13,7 +13,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -621,6 +621,13 @@ def _gate_and_up_exchanged(layer: Layer) -> None:
     Layer.load(layer)
     if _last_rank(layer):
         layer.gate, layer.up = layer.up, layer.gate
+
+
+def _read_in_the_other_layout(layer: Layer) -> None:
+    rules = layer.spec.experts
+    other = "halved" if rules.layout == "interleaved" else "interleaved"
+    layer.spec = replace(layer.spec, experts=replace(rules, layout=other))
+    Layer.load(layer)
 
 
 def _gelu_on_the_last(layer: Layer, gate: Tensor, up: Tensor) -> Tensor:
@@ -1322,6 +1329,10 @@ FAULTS: dict[str, Fault] = {
     "remainder_nowhere": Fault(
         family="F7 G9 D13 B8", says="the experts that do not go into equal shares are on no rank", words=("experts? 6, 7",), models=("mixtral",),
         shows="tp3.ep3 ep3.dp3", lawful="tp2.ep2 tp4.ep4 tp3", how={"place": _remainder_nowhere, "number": _number_with_lost},
+    ),
+    "read_in_the_other_layout": Fault(
+        family="F2", says="rows of gate and up are read as halves where they alternate, or the other way round", words=("w13 is read as .*, it is stored",),
+        models=("gpt_oss", "mixtral", "deepseek_v3"), shows="tp1 tp2 tp4.ep4 tp4.ep2 tp2.ep4.dp2", how={"load": _read_in_the_other_layout},
     ),
     "gate_and_up_on_one_rank": Fault(
         family="F1", says="the last rank exchanges gate and up", words=("exchanged", "rank"),
