@@ -108,6 +108,26 @@ def symbol_values(scale: float, sizes: Mapping[str, int]) -> dict[str, float]:
 
     sizes: of the grid, by name (`Layout.sizes`).
     """
+    distinct: dict[str, float] = {}
+    for name, value in _named_factors(scale, sizes).items():
+        if all(not _same_number(value, other) for other in distinct.values()):
+            distinct[name] = value
+    return distinct
+
+
+def other_names(symbol: str, scale: float, sizes: Mapping[str, int]) -> list[str]:
+    """Factors that are the same number by accident: at s = 16 and tp = 4, s/tp is tp."""
+    named = _named_factors(scale, sizes)
+    if symbol not in named or symbol == "0":
+        return []
+    return [name for name, value in named.items() if name != symbol and _same_number(value, named[symbol])]
+
+
+def _same_number(value: float, other: float) -> bool:
+    return math.isclose(value, other, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _named_factors(scale: float, sizes: Mapping[str, int]) -> dict[str, float]:
     named = {"1": 1.0, "0": 0.0}
     if scale != 1.0:
         named |= {"s": scale, "s^2": scale**2, "1/s": 1 / scale, "s^3": scale**3}
@@ -126,11 +146,7 @@ def symbol_values(scale: float, sizes: Mapping[str, int]) -> dict[str, float]:
     named |= {"2": 2.0, "-1": -1.0, "1/2": 0.5}
     if scale != 1.0:
         named |= {"2*s": 2 * scale, "-s": -scale, "s/2": scale / 2}
-    distinct: dict[str, float] = {}
-    for name, value in named.items():
-        if all(not math.isclose(value, other, rel_tol=1e-9, abs_tol=1e-12) for other in distinct.values()):
-            distinct[name] = value
-    return distinct
+    return named
 
 
 def law(given: Problem) -> dict[str, str]:

@@ -93,11 +93,18 @@ def _for_sizes(causes: tuple[Cause, ...], layout: Layout) -> tuple[Cause, ...]:
             if any("tp" in symbol for symbol in cause.symbols.values()):
                 symbols = {part: symbol.replace("tp", name) for part, symbol in cause.symbols.items()}
                 sentence = re.sub(r"\btp\b", name, cause.sentence).replace("once per rank", f"once per {_RANKS[name]}")
+                if name == "moe.tp":
+                    sentence = sentence.replace("on every rank", "with every piece of an expert")
                 rows.append(Cause(cause.family, symbols, sentence))
     return tuple(rows)
 
 
-_RANKS = {"dp": "dp rank", "ep": "ep rank", "ranks": "rank of the whole grid"}
+_RANKS = {"dp": "dp rank", "ep": "ep rank", "ranks": "rank of the whole grid", "moe.tp": "piece of an expert"}
+
+
+def sizes_in(symbol: str, layout: Layout) -> set[str]:
+    """The sizes of the grid that a factor is made of: {'tp'} of 's*tp^2'."""
+    return set(re.split(r"[*/^]", symbol)) & layout.sizes.keys()
 
 
 # Which part a bias goes with: multiplied or lost together, it needs no cause of its own.

@@ -6,7 +6,9 @@ must have chosen. A simpler explanation comes before a finer one. What nothing e
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -20,13 +22,15 @@ from harness.algebra import (
     fit_symbol,
     formula,
     is_lawful,
+    law,
     lawful_reading,
+    other_names,
     read_shares,
     read_whole,
     read_with_input,
     symbol_values,
 )  # fmt: skip
-from harness.causes import Cause, find_causes, uneven_causes, uneven_shares, unexplained
+from harness.causes import Cause, find_causes, sizes_in, uneven_causes, uneven_shares, unexplained
 from harness.layout import Layout
 from harness.mixtures import mixture_story
 from harness.one_rank import one_rank_story, piece_story
@@ -176,6 +180,9 @@ def _algebra_sentence(evidence: Evidence, readings: Mapping[int, Reading], rows_
     alike = [rank for rank in off if readings[rank] == first]
     everywhere = len(alike) == len(readings)
     causes = find_causes(first, lawful.symbols, given.spec.scale != 1.0, layout)
+    others = [] if first.uneven else _other_readings(first, given, layout)
+    if others and (not causes or unexplained(first, lawful.symbols, causes)):
+        causes = others[0][1]
     uneven = uneven_causes(readings, lawful.symbols, layout) if first.uneven or not causes else []
     causes = uneven if first.uneven or not causes else causes
     s_text = f"s={given.spec.scale:g}, " if given.spec.scale != 1.0 else ""
@@ -189,18 +196,45 @@ def _algebra_sentence(evidence: Evidence, readings: Mapping[int, Reading], rows_
             else "the layer returns its input"
         )
     elif causes and not uneven:
-        left = unexplained(first, lawful.symbols, causes)
+        left = set() if others else unexplained(first, lawful.symbols, causes)
         why += f"; no known cause has the factor of {', '.join(LETTERS[name] for name in sorted(left))}" if left else ""
-        sizes = {
-            name for cause in causes for symbol in cause.symbols.values() for name in layout.sizes if name in symbol
-        }
+        sizes = {name for cause in causes for symbol in cause.symbols.values() for name in sizes_in(symbol, layout)}
         why += _same_size(given, layout, sizes)
+    for other, found in others:
+        same = f"y = {formula(other)} is the same at s={given.spec.scale:g}, {layout.text}"
+        why += f"; {same}"
+        if found[0].sentence != causes[0].sentence:
+            why += f": or {'; and '.join(cause.sentence for cause in found)}"
+    families = {cause.family for cause in causes[:1]} | {found[0].family for _, found in others}
     served_twice = rows_text.startswith(" in ") and "tokens" in rows_text and not first.uneven
     if served_twice and any(layout.sizes.get(symbol.rpartition("*")[2]) == 2 for symbol in first.symbols.values()):
-        causes, why = [Cause("G9", {}, "")], "those tokens are served twice"
+        families, why = {"G9"}, "those tokens are served twice"
     even = everywhere and not first.own_only and not first.uneven and not rows_text
     sentence = f"y = {formula(first)} instead of {formula(lawful)}{where}{rows_text} ({s_text}{layout.text}): {why}"
-    return Diagnosis(sentence, causes[0].family if causes else None, "output", dict(first.symbols) if even else {})
+    family = families.pop() if len(families) == 1 else None
+    return Diagnosis(sentence, family, "output", dict(first.symbols) if even else {})
+
+
+def _other_readings(reading: Reading, given: Problem, layout: Layout) -> list[tuple[Reading, list[Cause]]]:
+    """The reading with factors that are the same numbers by accident of s, each of which known causes explain wholly."""
+    scale, lawful = given.spec.scale, law(given)
+    if scale == 1.0:
+        return []
+    names = [
+        [symbol, *(other for other in other_names(symbol, scale, layout.sizes) if _has_s(other) != _has_s(symbol))]
+        for symbol in reading.symbols.values()
+    ]
+    found = []
+    for symbols in itertools.islice(itertools.product(*names), 1, 32):
+        other = replace(reading, symbols=dict(zip(reading.symbols, symbols, strict=True)))
+        causes = find_causes(other, lawful, True, layout)
+        if causes and not unexplained(other, lawful, causes):
+            found.append((other, causes))
+    return found
+
+
+def _has_s(symbol: str) -> bool:
+    return "s" in re.split(r"[-*/^]", symbol)
 
 
 def _same_size(given: Problem, layout: Layout, named: Collection[str]) -> str:
@@ -210,6 +244,8 @@ def _same_size(given: Problem, layout: Layout, named: Collection[str]) -> str:
     name = min(named, key=list(layout.sizes).index)
     size = layout.sizes[name]
     numbers = [("2", 2), ("K", given.spec.routing.top_k), *layout.sizes.items()]
+    if "moe.tp" not in layout.sizes and layout.grid.ep > 1:
+        numbers.append(("moe.tp", layout.grid.moe_tp))
     others = [other for other, value in numbers if value == size and other != name]
     told = f"; at {name}={size} it could also be a factor of {' or '.join(others)}, another {name} tells"
     return told if others else ""

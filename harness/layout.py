@@ -27,6 +27,8 @@ class Layout:
         named = {"tp": grid.tp, "dp": grid.dp, "ep": grid.ep}
         if grid.tp > 1 and grid.dp > 1 and grid.ep < grid.ranks:  # else one of these is all ranks already
             named["ranks"] = grid.ranks
+        if grid.moe_tp not in named.values():
+            named["moe.tp"] = grid.moe_tp
         return {name: size for name, size in named.items() if size > 1}
 
     @property

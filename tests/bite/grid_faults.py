@@ -1189,7 +1189,7 @@ FAULTS: dict[str, Fault] = {
     # -- biases
     "bias_on_every_piece": Fault(
         family="B10", says="the ranks that share an expert each add its second bias", words=("bias",), models=WITH_BIAS,
-        shows="tp2 tp4.ep2 tp2.dp2 tp2.ep2.dp2", lawful="tp1 tp4.ep4 tp2.ep4.dp2", how={"load": _bias_everywhere},
+        shows="tp8.ep2 tp2 tp4.ep2 tp2.dp2 tp2.ep2.dp2", lawful="tp1 tp4.ep4 tp2.ep4.dp2", how={"load": _bias_everywhere},
     ),
     "bias_on_every_ep_rank": Fault(
         family="B10", says="every ep rank adds the second biases of all chosen experts", words=("bias",), models=WITH_BIAS,

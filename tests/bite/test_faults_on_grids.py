@@ -101,6 +101,15 @@ def test_a_fault_on_a_grid_gets_no_wrong_name_in_bf16_and_another_model(name: st
     assert stands in "+?w" or misnamed, f"{finding.case}: {fault.says}; named {finding.family}: {finding.diagnosis}"
 
 
+def test_a_factor_that_is_another_by_accident_of_s_is_told_as_both():
+    finding = found("averaged_over_tp", "deepseek_v2", "tp4.tokens33", "fp32+s=real")
+    assert finding.family == "B13"
+    assert finding.diagnosis.startswith(
+        "y = tp*R + 1/tp*S instead of s*R + S (s=16, tp=4): the ranks' partial sums are averaged"
+    )
+    assert "y = s/tp*R + 1/tp*S is the same at s=16, tp=4" in finding.diagnosis
+
+
 def test_every_fault_replaces_methods_that_the_right_layer_has():
     for name, fault in FAULTS.items():
         unknown = [method for method in fault.how if not hasattr(Layer, method)]
