@@ -228,7 +228,7 @@ def _alike(counts: tuple[str, ...], what: str, part: str, layout: Layout) -> Cau
         family = "F5" if part == "expert bias" else "B8"
         return Cause(family, {}, f"the share of {what} of {which} is missing: the {gave}")
     more = {counts[shard] for shard in counted} - {"1"}
-    if not lost and len(more) == 1 and (count := more.pop()) in {"2", *layout.sizes}:
+    if not lost and "1" in counts and len(more) == 1 and (count := more.pop()) in {"2", *layout.sizes}:
         who = layout.holders(part, [shard for shard in counted if counts[shard] == count])
         return Cause("B2", {}, f"the share of {what} of {who} counts {count} times, the others once")
     for count, family, how in _ON_SHARES:

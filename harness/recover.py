@@ -304,16 +304,30 @@ def _unsummed_story(evidence: Evidence, rows: Tensor, limit_M: Tensor) -> Story 
         factor = given.spec.output.share * (given.spec.scale if part.scaled else 1.0)
         partial_RMH[part.shard % grid.tp] += factor * part.value_MH  # a sum over dp, if there is one, has taken place
     miss_RMH = (evidence.assembled_MH - partial_RMH)[:, rows]
-    by_row = (miss_RMH.norm(dim=-1) <= limit_M[rows]).double()
-    by_column = (miss_RMH.norm(dim=1) <= limit_M[rows].norm() / miss_RMH.shape[-1] ** 0.5).double()
-    dp_rank = evidence.held_RM.int().argmax(0)[rows] // grid.tp
-    for what, fits in (("rows", by_row), ("columns", by_column)):
-        ranks = fits.argmax(0)
-        place = ranks if what == "columns" else dp_rank * grid.tp + ranks
-        if bool(fits.any(0).all()) and len(set(ranks.tolist())) > 1 and bool((place.diff() >= 0).all()):
+    by_row = miss_RMH.norm(dim=-1) <= limit_M[rows]
+    by_column = miss_RMH.norm(dim=1) <= limit_M[rows].norm() / miss_RMH.shape[-1] ** 0.5
+    home_m = (evidence.held_RM.int().argmax(0)[rows] // grid.tp).tolist()
+    for what, fits, homes in (("rows", by_row, home_m), ("columns", by_column, [0] * by_column.shape[1])):
+        if _in_blocks(fits.T.tolist(), homes):
             told = f"the {what} are cut into blocks, each of them one rank's partial sum: gathered, not summed"
             return Story("B7", "output", told)
     return None
+
+
+def _in_blocks(fits: list[list[bool]], homes: list[int]) -> bool:
+    """Whether ranks can be given to rows so that they never go down within one home.    fits: by row and rank.
+
+    Two ranks or more have a row that is theirs alone: some tokens need one rank, and rows of zeros are anybody's.
+    """
+    alone, last = set(), {}
+    for row, home in zip(fits, homes, strict=True):
+        able = [rank for rank, fit in enumerate(row) if fit and rank >= last.get(home, 0)]
+        if not able:
+            return False
+        last[home] = able[0]
+        if sum(row) == 1:
+            alone.add(row.index(True))
+    return len(alone) > 1
 
 
 def numbers_text(numbers: Sequence[int]) -> str:
