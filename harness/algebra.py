@@ -184,6 +184,8 @@ def read_shares(evidence: Evidence, rank: int) -> Reading | None:
     columns = rank_shares(evidence.given, evidence.layout)
     if not any(part.shard for part in columns):
         return None  # one rank holds all, or no share is a rank's own
+    rows_M = evidence.decided_M & evidence.held_RM[rank]
+    columns = tuple(part for part in columns if bool(part.value_MH[rows_M].any()))  # of the rest, no factor is told
     own = None if evidence.ranks_agree else _fit(evidence, rank, _own_and_rest(columns, rank, evidence.layout))
     return own or _fit(evidence, rank, _shares(columns), own=not evidence.ranks_agree)
 

@@ -226,6 +226,7 @@ def _alike(counts: tuple[str, ...], what: str, part: str, layout: Layout) -> Cau
         held = layout.experts_text(lost) if part == "routed" else None
         which = f"{layout.holders(part, lost)}{f', with {held},' if held else ''}"
         family = "F5" if part == "expert bias" else "B8"
+        gave += ", or no rank holds them" if held and "S" not in what and layout.are_whole(lost) else ""
         return Cause(family, {}, f"the share of {what} of {which} is missing: the {gave}")
     more = {counts[shard] for shard in counted} - {"1"}
     if not lost and "1" in counts and len(more) == 1 and (count := more.pop()) in {"2", *layout.sizes}:

@@ -83,6 +83,11 @@ class Layout:
             return f"experts {held[0]} to {held[-1]}"
         return f"expert{'s' if len(held) > 1 else ''} {', '.join(map(str, held))}"
 
+    def are_whole(self, ranks: Sequence[int]) -> bool:
+        """Whether those ranks hold every piece of their experts."""
+        moe_tp = self.grid.moe_tp
+        return all(r in ranks for rank in ranks for r in range(rank - rank % moe_tp, rank - rank % moe_tp + moe_tp))
+
     def owners_of(self, experts: Sequence[int], used: Sequence[int]) -> str | None:
         """'all of ep ranks 1, 2' if these are all the used experts that those ranks hold; None if they are not."""
         if self.owners is None or self.grid.ep == 1 or not experts or max(used) >= len(self.owners):

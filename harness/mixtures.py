@@ -5,6 +5,8 @@ Ranks of different data-parallel groups, and under sequence parallelism those of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,26 +30,32 @@ def mixture_story(evidence: Evidence) -> Story | None:
 def _added(evidence: Evidence) -> Story | None:
     """Each token's output is lawful, or R or S of it, and the same parts of the tokens of other ranks stand on top."""
     held = _rows_by_set(evidence)
-    if len(held) < 2:
-        return None
-    told: dict[tuple[int, ...], str] = {}
-    for ranks, rows in held.items():
-        if not bool(evidence.wrong_RM[ranks[0]][rows].any()):
-            continue
-        reading = _cross_fit(evidence, ranks[0], rows, [other for peers, other in held.items() if peers != ranks])
-        if reading is None:
-            return None
-        told[ranks] = reading
-    first = next(iter(told), None)
-    if first is None or not told[first]:
-        return None
-    where = "" if len(told) == len(held) else f" on {evidence.layout.where(first)}"
-    groups = "data-parallel" if evidence.layout.grid.sp == 1 else "sequence-parallel"
-    return Story(
-        "B15", "output",
-        f"tokens of other ranks are added to those of each rank{where}, {told[first]}: a sum over {groups} ranks, whose "
-        "tokens are different",
-    )  # fmt: skip
+    tp, sp = evidence.layout.grid.tp, evidence.layout.grid.sp
+    meets: dict[str, Callable[[int, int], bool]] = {"": lambda rank, other: True}
+    if evidence.layout.grid.dp > 1 and sp > 1:  # ranks then differ in tokens in both directions
+        meets["sequence-parallel"] = lambda rank, other: rank // tp == other // tp
+        meets["data-parallel"] = lambda rank, other: rank % tp == other % tp
+    for name, meet in meets.items():
+        told: dict[tuple[int, ...], str] = {}
+        for ranks, rows in held.items():
+            others = [other for peers, other in held.items() if peers != ranks and meet(ranks[0], peers[0])]
+            if not bool(evidence.wrong_RM[ranks[0]][rows].any()):
+                continue
+            reading = _cross_fit(evidence, ranks[0], rows, others) if others else None
+            if reading is None:
+                break
+            told[ranks] = reading
+        else:
+            first = next(iter(told), None)
+            if first is not None and told[first]:
+                where = "" if len(told) == len(held) else f" on {evidence.layout.where(first)}"
+                groups = name or ("data-parallel" if sp == 1 else "sequence-parallel")
+                return Story(
+                    "B15", "output",
+                    f"tokens of other ranks are added to those of each rank{where}, {told[first]}: a sum over {groups} ranks, "
+                    "whose tokens are different",
+                )  # fmt: skip
+    return None
 
 
 def _rows_by_set(evidence: Evidence) -> dict[tuple[int, ...], Tensor]:

@@ -69,10 +69,15 @@ def piece_story(evidence: Evidence) -> Story | None:
     if not bool((left <= limit).all()) or not off or len(off) == len(pieces):
         return None
     told = ", ".join(
-        f"the piece of expert {names[i]} on {layout.where([holders[i]])} counts {round(1 + float(factors[i]), 3):g}"
+        f"the piece of expert {names[i]} on {layout.where([holders[i]])} counts {_counted(float(factors[i]))}"
         for i in off
     )
     return Story("F8", "routed", f"{told} (expected 1), all others right: it was not loaded, or not as it is stored")
+
+
+def _counted(excess: float) -> str:
+    """'0' or '1.05': rounding makes a 0 of either sign."""
+    return f"{round(1 + excess, 3) + 0.0:g}"
 
 
 def _explaining(target_mH: Tensor, deltas: list[Tensor], limit_m: Tensor) -> list[int] | None:

@@ -319,7 +319,8 @@ def _in_blocks(fits: list[list[bool]], homes: list[int]) -> bool:
 
     Two ranks or more have a row that is theirs alone: some tokens need one rank, and rows of zeros are anybody's.
     """
-    alone, last = set(), {}
+    alone: set[int] = set()
+    last: dict[int, int] = {}
     for row, home in zip(fits, homes, strict=True):
         able = [rank for rank, fit in enumerate(row) if fit and rank >= last.get(home, 0)]
         if not able:
