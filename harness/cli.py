@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from harness import __version__
-from harness.case import DTYPES, OPTIONS, check_affordable, parse
+from harness.case import DTYPES, OPTIONS, SIZES, Grid, check_affordable, parse, parse_grid
 from harness.errors import HarnessError, UsageError, unknown
 
 SYSTEM_HELP = "runner, legacy, transformers, or your own: path/to/file.py:build or package.module:build"
@@ -82,10 +82,13 @@ def _check_parser(verbs: argparse._SubParsersAction) -> None:  # type: ignore[ty
     )
     check.add_argument("--system", type=_words, action="extend", help=SYSTEM_HELP)
     check.add_argument("--model", type=_words, help="model types, joined by commas; moe-harness models lists them")
-    for name in ("tp", "ep", "dp", "sp"):
-        check.add_argument(f"--{name}", type=_numbers(name), help="sizes, as in 1,2,4")
+    check.add_argument("--grid", type=_grids, help="whole grids, as in tp2.ep4.dp2.sp1,tp4.ep2 (docs/grids.md)")
+    for name in SIZES:
+        check.add_argument(f"--{name}", type=_numbers(name), help="sizes to combine, as in 1,2,4")
     check.add_argument("--dtype", type=_words, help=", ".join(DTYPES))
-    check.add_argument("--tokens", type=_numbers("tokens"), help="rows of the input, as in 0,1,7,33")
+    check.add_argument(
+        "--tokens", type=_tokens, help="rows of the input, as in 0,1,7,33; 3_0_4: for each data-parallel rank"
+    )
     check.add_argument("--seed", type=_numbers("seed"), help="seeds of weights and tokens")
     for name, (values, what) in OPTIONS.items():
         check.add_argument(f"--{name}", type=_words, help=f"{what}: {', '.join(values)}")
@@ -111,8 +114,14 @@ def _check(arguments: argparse.Namespace) -> int:
     systems = tuple(arguments.system) if arguments.system else None
     for name in systems or ():
         check_name(name)
+    if arguments.grid and any(getattr(arguments, name) for name in SIZES):
+        named = ", ".join(f"--{name}" for name in SIZES if getattr(arguments, name))
+        raise UsageError(
+            f"--grid names whole grids and {named} combines sizes. Type all sizes in --grid, as in --grid tp2.ep4.dp2, or none"
+        )
     request = selection.Request(
-        systems=systems, models=_known_models(arguments.model), tp=arguments.tp, ep=arguments.ep, dp=arguments.dp, sp=arguments.sp,
+        systems=systems, models=_known_models(arguments.model), grids=arguments.grid,
+        tp=arguments.tp, ep=arguments.ep, dp=arguments.dp, sp=arguments.sp,
         dtypes=arguments.dtype, tokens=arguments.tokens, seeds=arguments.seed,
         options=tuple((name, getattr(arguments, name)) for name in OPTIONS if getattr(arguments, name)),
     )  # fmt: skip
@@ -199,6 +208,21 @@ def _words(text: str) -> tuple[str, ...]:
     if not words:
         raise UsageError(f"{text!r} names nothing: expected one name or more, joined by commas")
     return words
+
+
+def _grids(text: str) -> tuple[Grid, ...]:
+    return tuple(map(parse_grid, _words(text)))
+
+
+def _tokens(text: str) -> tuple[int | tuple[int, ...], ...]:
+    """'7,3_0_4': a number, or one for each data-parallel rank."""
+    try:
+        return tuple(tuple(map(int, word.split("_"))) if "_" in word else int(word) for word in _words(text))
+    except ValueError:
+        raise UsageError(
+            f"--tokens {text}: expected whole numbers joined by commas, as in --tokens 1,2,4; or 3_0_4, one for each "
+            "data-parallel rank"
+        ) from None
 
 
 def _numbers(name: str) -> Callable[[str], tuple[int, ...]]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import TextIO
 
 import torch
 
-from harness.algebra import Evidence, law, read_shares, read_whole
-from harness.case import Case
+from harness.algebra import Evidence, Reading, law, read_shares, read_whole, read_with_input
+from harness.case import SIZES, Case
 from harness.check import check, evidence, judge, whole_output
 from harness.comm import Entry
+from harness.comm.simulated import groups_of
 from harness.compare import compare
 from harness.execution import Run, run_system
 from harness.finding import Finding, exit_code
@@ -55,15 +57,12 @@ def _head(case: Case, system: System, given: Problem, finding: Finding) -> Itera
         f"{routing.scoring_func}{' + bias' if routing.correction_bias else ''}, s={routing.routed_scaling_factor}, "
         f"shared {spec.shared.intermediate_size if spec.shared else 'none'}"
     )
-    yield f"grid: tp={case.grid.tp} (ranks {', '.join(map(str, range(case.grid.tp)))}), ep=1, dp=1, sp=1; dtype {case.dtype}"
+    yield from _grid(case)
 
 
 def _measured(case: Case, system: System, given: Problem, run: Run) -> Iterator[str]:
-    plan = getattr(run.ranks[0].layer, "plan", None)
-    if is_dataclass(plan):
-        yield "plan of this call:"
-        for field in fields(plan):
-            yield f"  {field.name}: {_plain(getattr(plan, field.name))}"
+    yield from _plan(run)
+    yield from _placed(run, case)
     yield from _stages(given)
     unit, precision = run.ranks[0].unit, system.precision(given.spec)
     outputs = [whole_output(out, given) for out in run.ranks]
@@ -77,9 +76,37 @@ def _measured(case: Case, system: System, given: Problem, run: Run) -> Iterator[
         yield "attribution: no tokens, nothing to attribute"
         return
     yield f"attribution (law: {', '.join(f'{name} x {symbol}' for name, symbol in law(given).items())}):"
+    told: dict[str, list[int]] = {}
     for rank in range(case.grid.ranks):
-        reading = read_whole(seen, rank) or read_shares(seen, rank)
-        yield f"  rank {rank}: {'no sum of the parts explains this output' if reading is None else reading}"
+        reading = read_whole(seen, rank) or read_shares(seen, rank) or read_with_input(seen, rank)
+        told.setdefault(_reading(seen, rank, reading), []).append(rank)
+    for sentence, ranks in told.items():
+        yield f"  {_ranks(ranks)}: {sentence}"
+
+
+def _reading(seen: Evidence, rank: int, reading: Reading | None) -> str:
+    if not bool(seen.held_RM[rank].any()):
+        return "no tokens of its own"
+    return "no sum of the parts explains this output" if reading is None else str(reading)
+
+
+def _plan(run: Run) -> Iterator[str]:
+    layer = run.ranks[0].layer
+    plan = getattr(layer, "plan", None)
+    if not is_dataclass(plan):
+        return
+    yield "plan of this call:"
+    for field in fields(plan):
+        value = getattr(plan, field.name)
+        if field.name == "announced":
+            yield f"  announced by its kernel: {_announced(value)}"
+        elif isinstance(value, tuple):
+            yield f"  {field.name}: {', '.join(map(str, value)) or 'nobody'}"
+        else:
+            yield f"  {field.name}: {_plain(value)}"
+    announced = getattr(layer, "announced", None)
+    if announced is not None:
+        yield f"announced by all calls together: {_announced(announced)}"
 
 
 def _stages(given: Problem) -> Iterator[str]:
@@ -115,23 +142,106 @@ def _errors(seen: Evidence) -> Iterator[str]:
         yield f"  {m}: {error_m[m]:.2g}; " + "; ".join(f"{float(ratio):.2g}" for ratio in ratios)
 
 
+def _grid(case: Case) -> Iterator[str]:
+    grid = case.grid
+    sizes = ", ".join(f"{name}={getattr(grid, name)}" for name in SIZES)
+    yield f"grid: {sizes}, moe.tp={grid.moe_tp}; {grid.ranks} rank{'s' if grid.ranks > 1 else ''}; dtype {case.dtype}"
+    if grid.ranks == 1:
+        return
+    for name, members in groups_of(grid).items():
+        if len(members[0]) > 1:
+            yield f"  {name} groups: {' '.join(f'[{_numbers(ranks)}]' for ranks in members)}"
+    if grid.moe_tp > 1:
+        pieces = [range(e * grid.moe_tp, (e + 1) * grid.moe_tp) for e in range(grid.ep)]
+        yield f"  each expert is cut over the ranks of one of {' '.join(f'[{_numbers(ranks)}]' for ranks in pieces)}"
+    told: dict[str, list[int]] = {}
+    for rank, rows in enumerate(case.rows):
+        told.setdefault(_rows(rows, grid.sp), []).append(rank)
+    yield "  tokens: " + "; ".join(f"{_ranks(ranks)}: {rows}" for rows, ranks in told.items())
+
+
+def _rows(rows: slice, sp: int) -> str:
+    """'3 to 6'; under sequence parallelism '3 to 6, of which each takes 2 rows'."""
+    count = rows.stop - rows.start
+    each = f", of which each takes {-(-count // sp)} row{'s' if count > sp else ''}" if sp > 1 and count else ""
+    return (_numbers(range(rows.start, rows.stop)) or "none") + each
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    """'0 to 3' or '0, 2'."""
+    if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {_numbers(ranks)}"
+
+
+def _placed(run: Run, case: Case) -> Iterator[str]:
+    """Which experts each set of ranks holds, where they are whole."""
+    grid, layer = case.grid, run.ranks[0].layer
+    if grid.ep == 1:
+        return
+    held, owners = getattr(layer, "held", None), getattr(layer, "owners", None)
+    if held is None and owners is not None:
+        held = [[e for e, owner in enumerate(owners) if owner == ep_rank] for ep_rank in range(grid.ep)]
+    if held is None:
+        yield "placement of the experts: the layer does not tell"
+        return
+    yield "placement of the experts:"
+    for ep_rank, experts in enumerate(held):
+        ranks = range(ep_rank * grid.moe_tp, (ep_rank + 1) * grid.moe_tp)
+        yield f"  {_ranks(ranks)}: {_numbers(experts) or 'none'}"
+
+
 def _ledger(run: Run) -> Iterator[str]:
-    ledgers = set(run.ledger)
-    alike = "the same on all ranks" if len(ledgers) == 1 else "not the same on all ranks"
-    yield f"collectives in order ({alike}):" if any(run.ledger) else "collectives: none"
-    for rank, entries in enumerate(run.ledger if len(ledgers) > 1 else run.ledger[:1]):
-        for index, entry in enumerate(entries):
-            yield f"  {f'rank {rank}, ' if len(ledgers) > 1 else ''}{index}: {_entry(entry)}"
+    """One line for each collective, of all ranks together if they made the same ones, else of those that did."""
+    until = " until then" if run.broken else ""
+    if not any(run.ledger):
+        yield f"collectives{until}: none"
+        return
+    alike: dict[tuple[tuple[str, ...], ...], list[int]] = {}
+    for rank, entries in enumerate(run.ledger):
+        alike.setdefault(tuple((each.op, each.group, each.dtype) for each in entries), []).append(rank)
+    yield f"collectives{until} in order ({'the same on all ranks' if len(alike) == 1 else 'not the same on all ranks'}):"
+    for ranks in alike.values():
+        indent = "  "
+        if len(alike) > 1:
+            yield f"  {_ranks(ranks)}:" + ("" if run.ledger[ranks[0]] else " none")
+            indent = "    "
+        for number, entries in enumerate(zip(*(run.ledger[rank] for rank in ranks), strict=True)):
+            yield f"{indent}{number}: {_entry(ranks, entries)}"
 
 
-def _entry(entry: Entry) -> str:
-    ranks = ", ".join(map(str, entry.ranks))
-    return f"{entry.op} {entry.dtype}{list(entry.shape)} over group {entry.group} (ranks {ranks})"
+def _entry(ranks: Sequence[int], entries: Sequence[Entry]) -> str:
+    """'all_reduce fp32[M, 64] over tp [0, 1] [2, 3]; M = 4 on ranks 0, 1; 3 on ranks 2, 3'. entries: of these ranks."""
+    first = entries[0]
+    groups = " ".join(f"[{_numbers(members)}]" for members in dict.fromkeys(entry.ranks for entry in entries))
+    sizes = dict.fromkeys(entry.shape for entry in entries)
+    if len(sizes) == 1:
+        return f"{first.op} {first.dtype}{list(first.shape)} over {first.group} {groups}"
+    if len({shape[1:] for shape in sizes}) > 1:
+        told = "; ".join(f"{list(entry.shape)} on rank {rank}" for rank, entry in zip(ranks, entries, strict=True))
+        return f"{first.op} {first.dtype} over {first.group} {groups}: {told}"
+    by_rows: dict[int, list[int]] = {}
+    for rank, entry in zip(ranks, entries, strict=True):
+        by_rows.setdefault(entry.shape[0], []).append(rank)
+    shape = ", ".join(["M", *map(str, first.shape[1:])])
+    told = "; ".join(f"{rows} on {_ranks(those)}" for rows, those in by_rows.items())
+    return f"{first.op} {first.dtype}[{shape}] over {first.group} {groups}; M = {told}"
 
 
 def _plain(value: object) -> str:
     if isinstance(value, Enum):
         return f"{value.name}: {value.value}" if isinstance(value.value, str) else value.name
-    if isinstance(value, tuple):
-        return ", ".join(map(str, value)) or "nobody"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _announced(pairs: Sequence[tuple[str, str]]) -> str:
+    """'all_gather over dp (4 times), reduce_scatter over dp'."""
+    told = []
+    for (op, group), run in itertools.groupby(pairs):
+        times = len(list(run))
+        told.append(f"{op} over {group}" + (f" ({times} times)" if times > 1 else ""))
+    return ", ".join(told) or "none"

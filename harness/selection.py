@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from harness import models
 from harness.case import OPTIONS, Case, Grid, check_affordable
 from harness.errors import UsageError
+from harness.main_job import DTYPES, TOKENS, TP_SIZES, cases_of
 
 SYSTEMS = ("runner", "legacy", "transformers")
-TP_SIZES = (1, 2, 3, 4, 8)
-DTYPES = ("fp32", "bf16", "fp16")
-TOKENS = (0, 1, 7, 33)
-WIDE_TP_SIZES = (1, 2)
+
+# M, or a number for each data-parallel rank
+Rows = int | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +30,18 @@ class Batch:
 class Request:
     """What was typed; None where nothing was, which means all of it.
 
-    Sizes and options are tuples of what to combine. Each combination is a case.
+    Sizes and options are tuples of what to combine. Each combination is a case.    grids: instead of tp, ep, dp and sp.
     """
 
     systems: tuple[str, ...] | None = None
     models: tuple[str, ...] | None = None
+    grids: tuple[Grid, ...] | None = None
     tp: tuple[int, ...] | None = None
     ep: tuple[int, ...] | None = None
     dp: tuple[int, ...] | None = None
     sp: tuple[int, ...] | None = None
     dtypes: tuple[str, ...] | None = None
-    tokens: tuple[int, ...] | None = None
+    tokens: tuple[Rows, ...] | None = None
     seeds: tuple[int, ...] | None = None
     options: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
@@ -49,18 +51,9 @@ class Request:
 
 
 def main_job(systems: Sequence[str]) -> list[Batch]:
-    """The default: every model at twin size, the wide twins, each model's real s, and the placements beside the page's."""
-    batches = []
-    for model, system in itertools.product(models.names(), systems):
-        cases = _product(model, Request(), system)
-        page = models.load(model)
-        if system != "transformers":
-            cases += _placements(page, system)
-        if page.wide is not None:
-            sizes = WIDE_TP_SIZES if system != "transformers" else (1,)
-            cases += [Case(model=model, size="wide", grid=Grid(tp=tp), tokens=m) for tp in sizes for m in TOKENS]
-        batches.append(Batch(system, tuple(cases)))
-    return _joined(batches)
+    """What runs when nothing is asked for (`harness.main_job`)."""
+    pairs = itertools.product(models.names(), systems)
+    return _joined([Batch(system, tuple(cases_of(model, system))) for model, system in pairs])
 
 
 def _joined(batches: Sequence[Batch]) -> list[Batch]:
@@ -73,25 +66,6 @@ def _joined(batches: Sequence[Batch]) -> list[Batch]:
     heavy = [case for batch in batches if batch.system == "transformers" for case in batch.cases]
     others = [batch for batch in batches if batch.system != "transformers"]
     return [Batch("transformers", tuple(heavy)), *others] if heavy else others
-
-
-def _placements(page: models.Model, system: str) -> list[Case]:
-    """What one cell of the table hides: the real s, the other scalers, a kernel that reduces, the shared experts' order."""
-    cases = []
-    for tp in TP_SIZES:
-        plain = Case(model=page.model_type, grid=Grid(tp=tp))
-        has_scale = page.twin.routing.routed_scaling_factor is not None
-        if has_scale and page.real.routing.routed_scaling_factor not in (None, page.twin.routing.routed_scaling_factor):
-            cases.append(replace(plain, s="real"))
-        cases.append(replace(plain, kernel="reduced"))
-        if system == "legacy":
-            cases += [replace(plain, backend="transformers")] if page.wrapped else []
-            continue
-        cases += [replace(plain, scale=who) for who in ("router", "kernel", "output") if has_scale]
-        cases += [replace(plain, dtype="fp16", scale="output")] if has_scale else []
-        cases += [replace(plain, order=order, pad="8") for order in ("2", "3") if page.twin.shared is not None]
-        cases.append(replace(plain, pad="8"))
-    return list(dict.fromkeys(cases))
 
 
 def select(request: Request) -> list[Batch]:
@@ -126,22 +100,49 @@ def _models_for(request: Request) -> tuple[str, ...]:
 
 def _product(model: str, request: Request, system: str) -> list[Case]:
     named = dict(request.options)
-    tp_sizes = request.tp or ((1,) if system == "transformers" else _fitting(model, named.get("size", ("twin",))))
-    grids = [
-        Grid(tp=tp, ep=ep, dp=dp, sp=sp)
-        for tp, ep, dp, sp in itertools.product(tp_sizes, request.ep or (1,), request.dp or (1,), request.sp or (1,))
-    ]
-    if system == "transformers" and request.tp is not None:
-        grids = [grid for grid in grids if grid.tp == 1]
-    choices = [named.get(name, values[:1]) for name, (values, _) in OPTIONS.items()]
+    options: dict[str, Any] = {name: named.get(name, values[:1]) for name, (values, _) in OPTIONS.items()}
     cases = [
-        Case(model=model, grid=grid, dtype=dtype, tokens=tokens, seed=seed, **dict(zip(OPTIONS, chosen, strict=True)))
-        for dtype, tokens, seed, grid, chosen in itertools.product(
-            request.dtypes or DTYPES, request.tokens if request.tokens is not None else TOKENS, request.seeds or (0,), grids,
-            itertools.product(*choices),
+        Case(model=model, grid=grid, dtype=dtype, seed=seed, **_tokens(rows), **dict(zip(options, chosen, strict=True)))
+        for dtype, (rows, grid), seed, chosen in itertools.product(
+            request.dtypes or DTYPES, _rows_on_grids(model, request), request.seeds or (0,),
+            itertools.product(*options.values()),
         )
+        if system != "transformers" or grid.ranks == 1
     ]  # fmt: skip
     return list(dict.fromkeys(cases))
+
+
+def _tokens(rows: Rows) -> dict[str, Any]:
+    return {"tokens": rows} if isinstance(rows, int) else {"tokens": sum(rows), "split": rows}
+
+
+def _rows_on_grids(model: str, request: Request) -> list[tuple[Rows, Grid]]:
+    """Each grid with the tokens that fit it; one that none fits stays, and so do tokens that fit none, to be refused."""
+    tokens = request.tokens if request.tokens is not None else TOKENS
+    grids = request.grids or _grids(model, request)
+    fitting = [(rows, grid) for rows in tokens for grid in grids if isinstance(rows, int) or len(rows) == grid.dp]
+    for rows, grid in itertools.product(tokens, grids):
+        if all(rows != other for other, _ in fitting) or all(grid != other for _, other in fitting):
+            fitting.append((rows, grid))
+    return fitting
+
+
+def _grids(model: str, request: Request) -> list[Grid]:
+    """The grids that the sizes make: of several combinations those that can exist. UsageError if none can.
+
+    Sizes that were left open: every tp that fits, ep and dp of 1; but those that sequence parallelism needs, if it was asked for.
+    """
+    grids, refused = list[Grid](), list[UsageError]()
+    for sp, dp in itertools.product(request.sp or (1,), request.dp or (1,)):
+        for tp in request.tp or ((sp,) if sp > 1 else _fitting(model, dict(request.options).get("size", ("twin",)))):
+            for ep in request.ep or ((tp * dp,) if sp > 1 else (1,)):
+                try:
+                    grids.append(Grid(tp=tp, ep=ep, dp=dp, sp=sp))
+                except UsageError as error:
+                    refused.append(error)
+    if refused and not grids:
+        raise refused[0]
+    return grids
 
 
 def _fitting(model: str, sizes: Sequence[str]) -> tuple[int, ...]:

@@ -1,15 +1,14 @@
-"""What a request means: the main job whole, parts of it exactly, and nothing at all refused."""
+"""What a request means: parts of the main job exactly, and nothing at all refused. The main job itself: test_main_job.py."""
 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from itertools import product
 
 import pytest
 
 from harness import models
-from harness.case import OPTIONS, Case, Grid, parse
+from harness.case import Case, Grid, parse
 from harness.errors import UsageError
 from harness.selection import SYSTEMS, Batch, Request, main_job, of_cases, select
 
@@ -18,59 +17,6 @@ WIDE = [name for name in models.names() if models.load(name).wide is not None]
 
 def flat(batches: list[Batch]) -> list[tuple[str, Case]]:
     return [(batch.system, case) for batch in batches for case in batch.cases]
-
-
-@pytest.fixture(scope="module")
-def whole() -> list[tuple[str, Case]]:
-    return flat(main_job(SYSTEMS))
-
-
-@pytest.mark.parametrize(
-    ("system", "tp_sizes"), [("runner", (1, 2, 3, 4, 8)), ("legacy", (1, 2, 3, 4, 8)), ("transformers", (1,))]
-)
-def test_the_main_job_has_every_model_tp_dtype_and_number_of_tokens(whole, system, tp_sizes):
-    expected = {
-        Case(model=model, grid=Grid(tp=tp), dtype=dtype, tokens=tokens)
-        for model, tp, dtype, tokens in product(models.names(), tp_sizes, ("fp32", "bf16", "fp16"), (0, 1, 7, 33))
-    }
-    assert len(expected) == 26 * len(tp_sizes) * 12
-    assert expected <= {case for name, case in whole if name == system}
-
-
-def test_transformers_is_asked_for_nothing_beyond_tp_one(whole):
-    assert {case.grid.tp for name, case in whole if name == "transformers"} == {1}
-
-
-@pytest.mark.parametrize(("system", "tp_sizes"), [("runner", {1, 2}), ("legacy", {1, 2}), ("transformers", {1})])
-def test_the_main_job_has_the_wide_twins_at_two_grids(whole, system, tp_sizes):
-    wide = [case for name, case in whole if name == system and case.size == "wide"]
-    assert {case.model for case in wide} == set(WIDE)
-    assert {case.grid.tp for case in wide} == tp_sizes
-    assert len(wide) == len(WIDE) * len(tp_sizes) * 4
-
-
-def test_the_main_job_tries_each_way_to_place_scale_reduction_and_shared_experts(whole):
-    runner = [case for name, case in whole if name == "runner"]
-    for name, (values, _) in OPTIONS.items():
-        skipped = {"size": {"real"}, "backend": {"transformers"}}.get(name, set())
-        assert {getattr(case, name) for case in runner} == set(values) - skipped, name
-    assert "transformers" in {case.backend for name, case in whole if name == "legacy"}
-
-
-def test_each_real_factor_that_a_twin_replaces_is_tried_too(whole):
-    real = {case.model for name, case in whole if name == "runner" and case.s == "real"}
-    pages = map(models.load, models.names())
-    assert real == {page.model_type for page in pages if page.real.routing.routed_scaling_factor is not None}
-
-
-def test_no_case_of_the_main_job_comes_twice(whole):
-    twice = [f"{case} on {system}" for (system, case), count in Counter(whole).items() if count > 1]
-    assert twice == []
-
-
-def test_every_selected_case_can_be_typed_again(whole):
-    for case in {case for _, case in whole}:
-        assert parse(str(case)) == case
 
 
 def test_nothing_asked_for_means_the_main_job_and_a_system_means_its_part():
@@ -144,8 +90,14 @@ def test_an_empty_list_selects_all_or_is_refused_and_never_passes_empty(change):
         ({"tp": (1, 5)}, "tp=5 does not divide mixtral's intermediate_size 48. tp up to 8 that do: 1, 2, 3, 4, 6, 8"),
         ({"dtypes": ("int8",)}, "dtype 'int8': expected one of fp32, bf16, fp16"),
         ({"tokens": (-1,)}, "tokens=-1: expected 0 to 65536"),
-        ({"ep": (2,)}, "ep=2: expert parallelism is not simulated yet, only tensor parallelism is. "
-         "Leave ep out, or type --tp 2"),
+        ({"tp": (2,), "ep": (3,)}, "ep=3: expected a divisor of tp*dp=2, the ranks that hold experts. Type one of ep 1, 2"),
+        ({"tp": (4,), "ep": (4,), "sp": (2,)}, "sp=2: sequence parallelism splits the rows over the tp ranks, so sp is 1 or tp=4. "
+         "Type sp1 or sp4"),
+        ({"tokens": ((3, 4),)}, "tokens3_4: expected one number for each of the dp=1 data-parallel ranks. Type tokens7"),
+        ({"grids": (Grid(dp=2), Grid(dp=3)), "tokens": ((3, 4),)}, "tokens3_4: expected one number for each of the dp=3 "
+         "data-parallel ranks. Type tokens7_7_7"),
+        ({"grids": (Grid(dp=2),), "tokens": ((3, 4), (1, 1, 1))}, "tokens1_1_1: expected one number for each of the dp=2 "
+         "data-parallel ranks. Type tokens7_7"),
         ({"options": (("pad", ("3",)),)}, "pad=3: expected one of 0, 8"),
         ({"options": (("s", ("real",)),)}, "s=real: mixtral has no routed_scaling_factor. Leave s out"),
     ],
@@ -155,6 +107,41 @@ def test_a_combination_that_cannot_exist_is_refused_before_anything_runs(change,
     with pytest.raises(UsageError) as caught:
         select(Request(**{"models": ("mixtral",)} | change))
     assert str(caught.value) == sentence
+
+
+def test_grids_are_run_as_they_were_named():
+    grids = (Grid(tp=2, ep=4, dp=2), Grid(tp=4, ep=2))
+    found = flat(select(Request(systems=("runner",), models=("mixtral",), grids=grids, dtypes=("fp32",), tokens=(7,))))
+    assert [case.grid for _, case in found] == list(grids)
+
+
+def test_combinations_of_sizes_that_cannot_exist_are_left_out_where_others_can():
+    found = flat(select(Request(systems=("runner",), models=("mixtral",), tp=(1, 2, 4), ep=(1, 4), dp=(1, 2))))
+    assert {str(case.grid) for _, case in found} == {
+        "tp1", "tp2", "tp4", "dp2", "tp2.dp2", "tp4.dp2", "tp4.ep4", "tp2.ep4.dp2", "tp4.ep4.dp2",
+    }  # fmt: skip
+
+
+def test_sizes_that_sequence_parallelism_needs_are_filled_in_where_nobody_named_them():
+    found = flat(select(Request(systems=("runner",), models=("mixtral",), sp=(2,), dp=(1, 2))))
+    assert {str(case.grid) for _, case in found} == {"tp2.ep2.sp2", "tp2.ep4.dp2.sp2"}
+
+
+def test_shares_of_tokens_go_to_the_grids_that_have_as_many_ranks():
+    request = Request(
+        systems=("runner",), models=("mixtral",), grids=(Grid(dp=2), Grid(dp=3), Grid(tp=2)), dtypes=("fp32",),
+        tokens=(5, (0, 7), (1, 1, 1)),
+    )  # fmt: skip
+    found = {(str(case.grid), case.split, case.tokens) for _, case in flat(select(request))}
+    assert found == {
+        ("dp2", None, 5), ("dp3", None, 5), ("tp2", None, 5), ("dp2", (0, 7), 7), ("dp3", parse("mixtral@dp3.tokens1_1_1").split, 3),
+    }  # fmt: skip
+
+
+def test_transformers_runs_the_part_of_a_request_that_has_one_rank():
+    found = flat(select(Request(models=("mixtral",), grids=(Grid(), Grid(dp=2)), tokens=(7,))))
+    assert {str(case.grid) for system, case in found if system == "transformers"} == {"tp1"}
+    assert {str(case.grid) for system, case in found if system == "runner"} == {"tp1", "dp2"}
 
 
 def test_a_list_that_repeats_itself_selects_each_case_once():

@@ -239,6 +239,15 @@ def _groups(grid: Grid) -> tuple[tuple[tuple[str, tuple[int, ...], int], ...], .
     return tuple(told)
 
 
+def groups_of(grid: Grid) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Name -> the global ranks of each group of that name."""
+    told: dict[str, dict[tuple[int, ...], None]] = {}
+    for groups in _groups(grid):
+        for name, ranks, _ in groups:
+            told.setdefault(name, {})[ranks] = None
+    return {name: tuple(found) for name, found in told.items()}
+
+
 def _not_running(call: Call, running: int | None) -> str:
     if running is None:
         who = "whose run is over; a layer keeps to the communicator of the run that built it"

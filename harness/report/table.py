@@ -1,17 +1,20 @@
-"""The table a person reads: model by system and tp, then one line for each cause, then what was not covered."""
+"""The table a person reads: model by system and grid, then one line for each cause, then what was not covered."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
+from rich.measure import Measurement
+from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
 from harness import models
 from harness.campaign import Report
-from harness.case import Case, parse
+from harness.case import Case, Grid, parse
 from harness.finding import Finding, Verdict
 
 _STYLE = {
@@ -27,8 +30,11 @@ MAX_LINES = 40
 def show(report: Report, console: Console) -> None:
     """Print the whole report; on a narrow console rows stay whole and the table wraps its cells."""
     pairs = [(parse(finding.case), finding) for finding in report.findings]
-    console.print(_table(pairs))
-    console.print(_legend(report.findings))
+    table, grouped = _table(pairs)
+    wide = console.options.update(width=Measurement.get(console, console.options.update(max_width=1000), table).maximum)
+    lines = Segments(console.render(table, wide))  # as wide as it needs: a cell cut short could hide a mismatch
+    console.print(lines, soft_wrap=True, end="")
+    console.print(_legend(report.findings, grouped=grouped))
     for verdict in (Verdict.MISMATCH, Verdict.COULD_NOT_RUN, Verdict.UNDECIDED, Verdict.KNOWN):
         _lines(verdict, report.findings, console)
     _not_applicable(report.findings, console)
@@ -44,21 +50,43 @@ def show(report: Report, console: Console) -> None:
     )
 
 
-def _table(pairs: Sequence[tuple[Case, Finding]]) -> Table:
-    columns = sorted({(finding.system, case.grid.tp) for case, finding in pairs}, key=_column_order)
-    cells: dict[tuple[str, str], dict[tuple[str, int], list[Verdict]]] = defaultdict(lambda: defaultdict(list))
+def _table(pairs: Sequence[tuple[Case, Finding]]) -> tuple[Table, bool]:
+    """The table, and whether grids share a column."""
+    grouped = len({case.grid for case, _ in pairs if _kind(case.grid) != "tp"}) > MAX_GRIDS
+    cells: dict[tuple[str, str], dict[tuple[str, str], list[Verdict]]] = defaultdict(lambda: defaultdict(list))
+    first = min({finding.system for _, finding in pairs}, key=_system_order)
     for case, finding in pairs:
-        cells[case.model, case.size][finding.system, case.grid.tp].append(finding.verdict)
+        column = _column(finding.system, case.grid, grouped=grouped, leads=finding.system == first)
+        cells[case.model, case.size][column].append(finding.verdict)
+    columns = sorted({column for row in cells.values() for column in row}, key=_column_order)
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     table.add_column("model", no_wrap=True)
     table.add_column("listed", no_wrap=True)
-    for index, (system, tp) in enumerate(columns):
-        first = index == 0 or columns[index - 1][0] != system
-        table.add_column(f"{_short(system) if first else ''}\ntp{tp}", justify="right", no_wrap=True)
+    for index, (system, name) in enumerate(columns):
+        new = index == 0 or columns[index - 1][0] != system
+        table.add_column(f"{_short(system) if new else ''}\n{name}", justify="right", no_wrap=True)
     for (model, size), row in sorted(cells.items(), key=lambda item: _row_order(*item[0])):
         name = model if size == "twin" else f"{model} ({size})"
         table.add_row(name, _REASON[models.load(model).reason], *(_cell(row[column]) for column in columns))
-    return table
+    return table, grouped
+
+
+# Grids by what they have beside tp. Where these are more than MAX_GRIDS, those of a kind share a column, and the tp sizes
+# too but those of the first system.
+KINDS = ("tp", "+ep", "+dp", "+sp")
+MAX_GRIDS = 6
+
+
+def _kind(grid: Grid) -> str:
+    return "+sp" if grid.sp > 1 else "+dp" if grid.dp > 1 else "+ep" if grid.ep > 1 else "tp"
+
+
+def _column(system: str, grid: Grid, *, grouped: bool, leads: bool) -> tuple[str, str]:
+    """The system and the column's name: the grid, or its kind."""
+    kind = _kind(grid)
+    if grouped and (kind != "tp" or not leads):
+        return system, kind
+    return system, f"tp{grid.tp}" if kind == "tp" else str(grid)
 
 
 def _cell(verdicts: Sequence[Verdict]) -> Text:
@@ -73,11 +101,15 @@ def _cell(verdicts: Sequence[Verdict]) -> Text:
     return text
 
 
-def _legend(findings: Iterable[Finding]) -> Text:
+def _legend(findings: Iterable[Finding], *, grouped: bool) -> Text:
     seen = {finding.verdict for finding in findings}
     signs = [f"{sign} {verdict}" for verdict, (sign, _) in _STYLE.items() if verdict in seen]
     return Text(
-        "cells: cases that agree with the oracle" + "".join(f", {sign}" for sign in signs) + "; - not applicable", "dim"
+        "cells: cases that agree with the oracle"
+        + "".join(f", {sign}" for sign in signs)
+        + "; - not applicable"
+        + ("; +ep, +dp, +sp: grids by what they have beside tp" if grouped else ""),
+        "dim",
     )
 
 
@@ -124,9 +156,16 @@ def _short(system: str) -> str:
     return system.rsplit("/", 1)[-1]
 
 
-def _column_order(column: tuple[str, int]) -> tuple[int, str, int]:
+def _system_order(system: str) -> tuple[int, str]:
     order = ("runner", "legacy", "transformers")
-    return (order.index(column[0]) if column[0] in order else len(order), *column)
+    return order.index(system) if system in order else len(order), system
+
+
+def _column_order(column: tuple[str, str]) -> tuple[object, ...]:
+    system, name = column
+    grouped = KINDS.index(name) if name in KINDS else 0
+    numbers = [int(number) for number in re.findall(r"[0-9]+", name)]
+    return *_system_order(system), grouped, "." in name or not name.startswith("tp"), numbers
 
 
 def _row_order(model: str, size: str) -> tuple[int, str, str]:

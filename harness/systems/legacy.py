@@ -165,8 +165,9 @@ class LegacyBlock:
             spec.scale if file.scale == "router" else 1.0,
         )  # fmt: skip
         placement = linear(routing.num_experts, parallel.ep_size) if parallel.ep_size > 1 else None
-        held = None if placement is None else placement.experts_of(parallel.ep_rank)
-        sharded = shard(weights, experts, parallel.moe_tp_rank, parallel.moe_tp_size, 0, held)
+        self.held = None if placement is None else tuple(map(placement.experts_of, range(parallel.ep_size)))
+        mine = None if self.held is None else self.held[parallel.ep_rank]
+        sharded = shard(weights, experts, parallel.moe_tp_rank, parallel.moe_tp_size, 0, mine)
         self._kernel = make_kernel(
             case.kernel, "auto", sharded, placement, parallel, comm, self._router,
             scale=None, weight_on_input=routing.weight_on == "input",
@@ -239,6 +240,7 @@ class LegacyTwoBranches:
         own = {n.removeprefix("vision_"): t for n, t in weights.items() if n.startswith("vision_")}
         self._text = LegacyBlock(replace(spec, vision=None), file, weights, comm, case)
         self._vision = LegacyBlock(vision, file, own, comm, case)
+        self.held = self._text.held
 
     def __call__(self, hidden_states: Tensor, *, modality: Tensor) -> Tensor:
         is_vision = modality.bool()

@@ -149,6 +149,12 @@ class Block:
         return tuple(placement.owners[placement.held.index(e)] for e in range(placement.num_experts))
 
     @property
+    def held(self) -> tuple[tuple[int, ...], ...] | None:
+        """The experts of each ep rank in the order of its slots, None where every rank has a piece of all."""
+        placement = self._layer.placement
+        return None if placement is None else tuple(map(placement.experts_of, range(self._case.grid.ep)))
+
+    @property
     def output_unit(self) -> float:
         return self.plan.output_unit
 

@@ -41,7 +41,7 @@ def test_a_right_layer_is_explained_from_its_plan_to_its_collectives(explained):
         "attribution",
     ):
         assert any(line.startswith(start) for line in lines), start
-    assert "  rank 1: y = s*R + S" in lines
+    assert "  ranks 0, 1: y = s*R + S" in lines
     assert sum("all_reduce fp32[7, 64]" in line for line in lines) == 1
 
 
