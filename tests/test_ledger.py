@@ -428,9 +428,11 @@ def expected_of(case: Case) -> Collectives:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """A case that the runner has, on a grid of up to 8 ranks; an option that it lacks there stays at its default."""
-    model = draw(st.sampled_from(sorted(PARTS)))
-    tp, dp = draw(st.sampled_from([(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2), (2, 4), (1, 4), (8, 1), (1, 3)]))
-    ep = draw(st.sampled_from([n for n in range(1, tp * dp + 1) if tp * dp % n == 0]))
+    model, kernel = draw(st.sampled_from(sorted(PARTS))), draw(st.sampled_from(KERNELS))
+    whole = kernel not in ("partial", "reduced")  # experts, on more than one rank
+    sizes = [(2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (1, 3), (1, 4), (2, 4)] + ([] if whole else [(1, 1)])
+    tp, dp = draw(st.sampled_from(sizes))
+    ep = draw(st.sampled_from([n for n in range(1, tp * dp + 1) if tp * dp % n == 0 and (n == tp * dp or not whole)]))
     sp = draw(st.sampled_from([1, tp] if ep == tp * dp else [1]))
     split = tuple(draw(st.lists(st.integers(0, 6), min_size=dp, max_size=dp)))
     text = f"tp{tp}.ep{ep}.dp{dp}.sp{sp}"
@@ -438,8 +440,9 @@ def cases(draw: st.DrawFn) -> Case:
         case = Case(model=model, grid=parse_grid(text), tokens=sum(split), split=split)
     except UsageError:  # the widths of the twin are not cut into that many pieces
         case = Case(model=model, grid=parse_grid(f"tp2.ep{2 * dp}.dp{dp}"), tokens=sum(split), split=split)
-    for name in draw(st.permutations([name for name in OPTIONS if name not in ("size", "s", "backend")])):
-        changed = replace(case, **{name: draw(st.sampled_from(OPTIONS[name][0]))})
+    others = draw(st.permutations([name for name in OPTIONS if name not in ("size", "s", "kernel", "backend")]))
+    for name in ("kernel", *others):
+        changed = replace(case, **{name: kernel if name == "kernel" else draw(st.sampled_from(OPTIONS[name][0]))})
         case = changed if RUNNER.supports(changed) is None else case
     return case
 
