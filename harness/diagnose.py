@@ -207,7 +207,7 @@ def _algebra_sentence(evidence: Evidence, readings: Mapping[int, Reading], rows_
             why += f": or {'; and '.join(cause.sentence for cause in found)}"
     families = {cause.family for cause in causes[:1]} | {found[0].family for _, found in others}
     served_twice = rows_text.startswith(" in ") and "tokens" in rows_text and not first.uneven
-    twice = {"2", *(name for name, size in layout.sizes.items() if size == 2)}
+    twice = {name for name, size in layout.sizes.items() if size == 2} | (set() if causes else {"2"})
     if served_twice and any(twice & set(symbol.split("*")) for symbol in first.symbols.values()):
         families, why = {"G9"}, "those tokens are served twice"
     even = everywhere and not first.own_only and not first.uneven and not rows_text
