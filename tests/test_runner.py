@@ -13,8 +13,10 @@ from harness import models
 from harness.case import Grid
 from harness.comm import Communicator
 from harness.comm.simulated import run_ranks
-from harness.runner.experts import TorchExperts
+from harness.runner.experts import TorchExperts, shard
 from harness.runner.layer import FusedMoE, LayerSettings
+from harness.runner.modular_kernel import finish
+from harness.runner.plan import SharedExpertsOrder
 from harness.runner.router import FusedTopKBiasRouter, FusedTopKRouter, GroupedTopKRouter, make_router
 from harness.runner.shared_experts import SharedExperts
 from harness.weights import make_tokens, make_weights
@@ -74,8 +76,7 @@ def test_a_kernel_swapped_between_two_calls_changes_the_collectives():
         before = comm.tp.calls
         layer(x)
         first = comm.tp.calls - before
-        kernel = layer.runner.kernel
-        layer.runner.kernel = TorchExperts(kernel.weights, comm, reduces=True)
+        layer.swap_kernel("reduced")
         y = layer(x)
         counts.append((first, comm.tp.calls - before - first))
         return y
@@ -83,6 +84,20 @@ def test_a_kernel_swapped_between_two_calls_changes_the_collectives():
     outputs = on_ranks(DEEPSEEK, RUNNER_SCALES, 2, use=use)
     assert all(agrees(y, oracle(DEEPSEEK).output_MH) for y in outputs)
     assert counts == [(1, 2), (1, 2)]  # R + S at the end; then R in the kernel and S alone
+
+
+def test_experts_put_in_between_two_calls_compute_the_next_one():
+    loud = dict(make_weights(DEEPSEEK, 1, torch.float32))
+    loud["w2"] = loud["w2"] * 2
+    stages = oracle(DEEPSEEK)
+
+    def use(layer: FusedMoE, x: Tensor, comm: Communicator) -> Tensor:
+        layer(x)
+        layer.runner.kernel.experts = TorchExperts(shard(loud, DEEPSEEK.experts, comm.tp.rank, comm.tp.size, pad=0))
+        return layer(x)
+
+    for y in on_ranks(DEEPSEEK, RUNNER_SCALES, 2, use=use):
+        assert agrees(y, stages.output_MH + DEEPSEEK.scale * stages.routed_MH)
 
 
 def test_a_second_call_with_fewer_tokens_sees_nothing_of_the_first():
@@ -108,30 +123,31 @@ def test_the_result_has_width_h_whatever_the_kernel_s_width(spec, padding, tp):
 
 def test_junk_that_the_kernel_leaves_in_padded_columns_does_not_leak():
     def use(layer: FusedMoE, x: Tensor, comm: Communicator) -> Tensor:
-        kernel, width = layer.runner.kernel, x.shape[1]
-        right = kernel.apply
+        experts, width = layer.runner.kernel.experts, x.shape[1]
+        right = experts.apply
 
         def with_junk(*given: object) -> Tensor:
             y = right(*given)
             y[:, width:] = torch.nan
             return y
 
-        kernel.apply = with_junk
+        experts.apply = with_junk
         return layer(x)
 
     for y in on_ranks(DEEPSEEK, replace(RUNNER_SCALES, padding=8), 2, use=use):
         assert agrees(y, oracle(DEEPSEEK).output_MH)
 
 
-def test_id_minus_one_contributes_nothing_even_next_to_nan_rows():
+@pytest.mark.parametrize("experts", ["auto", "slots", "batched"])
+def test_id_minus_one_contributes_nothing_even_next_to_nan_rows(experts):
     weights = make_weights(MIXTRAL, 1, torch.float32)
 
     def body(comm: Communicator) -> Tensor:
-        kernel = FusedMoE(MIXTRAL, ROUTER_SCALES, weights, comm).runner.kernel
+        kernel = FusedMoE(MIXTRAL, replace(ROUTER_SCALES, experts=experts), weights, comm).runner.kernel
         x = torch.ones(3, MIXTRAL.hidden_size)
         x[1] = torch.nan
         ids = torch.tensor([[0, 1], [-1, -1], [2, -1]])
-        return kernel.apply(x, torch.full((3, 2), 0.5), ids, lambda: None)
+        return finish(kernel.steps(x, torch.full((3, 2), 0.5), ids))
 
     (y,) = run_ranks(Grid(), body).unwrap()
     assert y[[0, 2]].isfinite().all()
@@ -148,7 +164,7 @@ def test_shared_experts_run_once_a_call_on_the_untransformed_input(order):
         shared._module = lambda rows: (seen.append(rows.clone()), right(rows))[1]
         return layer(x)
 
-    settings = replace(ROUTER_SCALES, kernel_runs_shared=order == "2", side_stream=order == "3", padding=8)
+    settings = replace(ROUTER_SCALES, shared_order=order, padding=8)
     on_ranks(NEMOTRON, settings, 2, use=use)
     assert len(seen) == 2  # once on each rank
     given = make_tokens(NEMOTRON, 9, 1, torch.float32).hidden_states
@@ -158,23 +174,19 @@ def test_shared_experts_run_once_a_call_on_the_untransformed_input(order):
 @pytest.mark.parametrize("order", ["1", "2", "3"])
 def test_a_kernel_that_overwrites_its_input_cannot_change_s(order):
     def use(layer: FusedMoE, x: Tensor, comm: Communicator) -> Tensor:
-        kernel = layer.runner.kernel
-        right = kernel.apply
+        experts = layer.runner.kernel.experts
+        right = experts.apply
 
-        def in_place(x_MP: Tensor, weights: Tensor, ids: Tensor, hook: Callable[[], None]) -> Tensor:
-            y = right(x_MP, weights, ids, lambda: None)
-            x_MP.copy_(y)
-            if kernel.runs_shared:
-                hook()
-            return x_MP
+        def in_place(x_NP: Tensor, weights_NK: Tensor, local_NK: Tensor) -> Tensor:
+            return x_NP.copy_(right(x_NP, weights_NK, local_NK))
 
-        kernel.apply, kernel.writes_input = in_place, True
+        experts.apply, experts.writes_input = in_place, True
         before = x.clone()
         y = layer(x)
         assert torch.equal(x, before)
         return y
 
-    settings = replace(ROUTER_SCALES, kernel_runs_shared=order == "2", side_stream=order == "3")
+    settings = replace(ROUTER_SCALES, shared_order=order)
     for y in on_ranks(DEEPSEEK, settings, 2, use=use):
         assert agrees(y, oracle(DEEPSEEK).output_MH)
 
@@ -190,15 +202,34 @@ def test_shared_experts_that_reduce_themselves_are_detected():
 
 
 def test_an_output_of_the_shared_experts_is_read_once():
-    def body(comm: Communicator) -> None:
-        from harness.runner.plan import SharedExpertsOrder as Order
+    now = SharedExpertsOrder.NO_OVERLAP
 
+    def body(comm: Communicator) -> None:
         shared = SharedExperts(lambda x: x, comm)
         with pytest.raises(RuntimeError, match="read before they ran"):
             shared.take()
-        shared.run(Order.NO_OVERLAP, Order.NO_OVERLAP, torch.ones(1, 1))
+        shared.run(now, now, torch.ones(1, 1))
         with pytest.raises(RuntimeError, match="waits to be read"):
-            shared.run(Order.NO_OVERLAP, Order.NO_OVERLAP, torch.ones(1, 1))
+            shared.run(now, now, torch.ones(1, 1))
+        shared.take()
+        with pytest.raises(RuntimeError, match="read before they ran"):
+            shared.take()
+
+    run_ranks(Grid(), body).unwrap()
+
+
+def test_each_micro_batch_has_its_own_place_for_s():
+    now = SharedExpertsOrder.NO_OVERLAP
+
+    def body(comm: Communicator) -> None:
+        shared = SharedExperts(lambda x: x, comm)
+        for micro_batch in (0, 1):
+            shared.run(now, now, torch.full((1, 1), float(micro_batch)), micro_batch)
+        with pytest.raises(RuntimeError, match="waits to be read"):
+            shared.run(now, now, torch.ones(1, 1), 1)
+        assert [shared.take(micro_batch).item() for micro_batch in (1, 0)] == [1.0, 0.0]
+        with pytest.raises(RuntimeError, match="read before they ran"):
+            shared.take(1)
 
     run_ranks(Grid(), body).unwrap()
 
@@ -329,16 +360,23 @@ def test_exact_ties_give_distinct_experts_of_the_tied_set():
         (LONGCAT, RUNNER_SCALES, 1, "zero experts: R would be scaled and Z not"),
         (LONGCAT, replace(ROUTER_SCALES, kernel_scales=True), 1, "the kernel never sees Z"),
         (NEMOTRON, replace(RUNNER_SCALES, reduce_results=False), 2, "needs the complete sum"),
-        (DEEPSEEK, replace(RUNNER_SCALES, reduce_results=False, kernel_reduces=True), 2, "the kernel reduces"),
+        (DEEPSEEK, replace(RUNNER_SCALES, reduce_results=False, kernel="reduced"), 2, "the kernel reduces"),
         (DEEPSEEK, replace(RUNNER_SCALES, kernel_scales=True), 1, "s would be applied twice"),
-        (MIXTRAL, replace(ROUTER_SCALES, kernel_runs_shared=True), 1, "nothing to run"),
-        (DEEPSEEK, replace(ROUTER_SCALES, kernel_runs_shared=True, side_stream=True), 1, "would run twice"),
+        (MIXTRAL, replace(ROUTER_SCALES, shared_order="2"), 1, "nothing to order"),
+        (DEEPSEEK, replace(ROUTER_SCALES, shared_order="2", experts="monolithic"), 1, "no finalize to run them in"),
         (
             replace(DEEPSEEK, routing=replace(DEEPSEEK.routing, routed_scaling_factor=0.0)),
             ROUTER_SCALES,
             1,
             "Pass None",
         ),
+        (DEEPSEEK, replace(RUNNER_SCALES, kernel="deepep_ht"), 1, "whole experts on other ranks"),
+        (DEEPSEEK, replace(RUNNER_SCALES, kernel="deepep_ht"), 2, "Use ep = tp \\* dp = 2"),
+        (DEEPSEEK, replace(RUNNER_SCALES, sequence_parallel=True), 1, "no ranks to split the rows over"),
+        (DEEPSEEK, replace(RUNNER_SCALES, sequence_parallel=True), 2, "rows need whole experts"),
+        (LONGCAT, replace(ROUTER_SCALES, experts="monolithic"), 1, "with zero experts"),
+        (MIXTRAL, replace(ROUTER_SCALES, fuse_shared_experts=True), 1, "there are no shared experts"),
+        (LONGCAT, replace(ROUTER_SCALES, reduce_results=False), 2, "would add it tp times"),
     ],
 )
 def test_a_combination_that_would_compute_something_else_is_refused(spec, settings, tp, words):
