@@ -162,11 +162,10 @@ class Case:
             raise UsageError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
         if not 0 <= self.tokens <= MAX_TOKENS:
             raise UsageError(f"tokens={self.tokens}: expected 0 to {MAX_TOKENS}")
-        if self.split is not None and (len(self.split) != self.grid.dp or sum(self.split) != self.tokens):
-            raise UsageError(
-                f"tokens{'_'.join(map(str, self.split))}: expected one number for each of the dp={self.grid.dp} data-parallel "
-                f"ranks. Type tokens{'_'.join(['7'] * self.grid.dp)}"
-            )
+        if self.split is not None:
+            _check_split(self.split, self.tokens, self.grid.dp)
+            if self.split == _even(self.tokens, self.grid.dp):
+                object.__setattr__(self, "split", None)  # one spelling for one case
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"seed={self.seed}: expected 0 to 2**64 - 1, the keys of Philox")
         for name, (values, _) in OPTIONS.items():
@@ -301,11 +300,25 @@ def _check_widths(model: str, grid: Grid, spec: MoESpec) -> None:
             raise UsageError(f"{what}={cut} does not divide {model}'s {name} {width}. {remedy}")
 
 
+def _even(tokens: int, dp: int) -> tuple[int, ...]:
+    """The tokens dealt out, the first ranks get one more."""
+    base, rest = divmod(tokens, dp)
+    return tuple(base + (d < rest) for d in range(dp))
+
+
+def _check_split(split: tuple[int, ...], tokens: int, dp: int) -> None:
+    text = f"tokens{'_'.join(map(str, split))}"
+    if len(split) != dp:
+        raise UsageError(
+            f"{text}: expected one number for each of the dp={dp} data-parallel ranks. Type tokens{'_'.join(['7'] * dp)}"
+        )
+    if min(split) < 0 or sum(split) != tokens:
+        raise UsageError(f"{text}: expected {dp} numbers of 0 or more that add up to tokens={tokens}")
+
+
 @functools.lru_cache(maxsize=4096)
 def _rows(grid: Grid, tokens: int, split: tuple[int, ...] | None) -> tuple[slice, ...]:
-    base, rest = divmod(tokens, grid.dp)
-    counts = split or tuple(base + (d < rest) for d in range(grid.dp))
-    starts = list(itertools.accumulate(counts, initial=0))
+    starts = list(itertools.accumulate(split or _even(tokens, grid.dp), initial=0))
     return tuple(slice(starts[d], starts[d + 1]) for d in range(grid.dp) for _ in range(grid.tp))
 
 

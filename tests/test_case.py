@@ -331,8 +331,15 @@ def test_shares_of_tokens_for_another_number_of_ranks_are_refused_with_a_form_th
 
 
 def test_shares_that_do_not_add_up_to_the_tokens_are_refused():
-    with pytest.raises(UsageError, match="tokens3_4: expected one number for each of the dp=2 data-parallel ranks"):
+    with pytest.raises(UsageError, match="tokens3_4: expected 2 numbers of 0 or more that add up to tokens=6"):
         Case(model="mixtral", grid=Grid(dp=2), tokens=6, split=(3, 4))
+
+
+def test_shares_below_zero_are_refused_and_even_ones_have_one_spelling():
+    with pytest.raises(UsageError, match="2 numbers of 0 or more"):
+        Case(model="mixtral", grid=Grid(dp=2), split=(-1, 8))
+    assert str(Case(model="mixtral", grid=Grid(dp=2), split=(4, 3))) == "mixtral@dp2"
+    assert parse("mixtral@dp2.tokens4_3") == parse("mixtral@dp2")
 
 
 def test_shares_count_together_against_the_limit_on_tokens():
