@@ -12,12 +12,12 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -36,7 +36,6 @@ from harness.runner.prepare_finalize.local import Batched, NoDPEP
 from harness.runner.prepare_finalize.naive import Naive, NaiveBatched
 from harness.runner.prepare_finalize.passthrough import Passthrough
 from harness.runner.weight_and_reduce import (
-    TopKWeightAndReduceContiguous,
     TopKWeightAndReduceDelegate,
     TopKWeightAndReduceNoOP,
 )
