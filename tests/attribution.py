@@ -21,6 +21,8 @@ from harness.systems import System
 
 # how exactly a coefficient can be read: rounding of weights is common to a whole column
 TOLERANCE = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 8e-3}
+# one or two rows may have shares that look alike, which rounding then moves from one to the other
+FEWEST = 3
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ class Attribution:
     factors: dict[tuple[str, int | None], float]
 
 
-def attributions(case: Case, system: System) -> list[Attribution]:
-    """One for each rank; an empty list where the tokens of some rank do not decide every factor."""
+def attributions(case: Case, system: System) -> dict[int, Attribution]:
+    """By rank; those are left out whose tokens are too few to decide every factor."""
     given = problem(case)
     run = run_system(case, system, given)
     assert run.broken is None, run.broken
     columns = rank_shares(given, Layout(case.grid, owners(case, run))) or parts(given)
-    found = [_fit(out, columns, decided(given, system, out)) for out in run.ranks]
-    return [each for each in found if each is not None] if None not in found else []
+    found = {rank: _fit(out, columns, decided(given, system, out)) for rank, out in enumerate(run.ranks)}
+    return {rank: each for rank, each in found.items() if each is not None}
 
 
 def owners(case: Case, run: Run) -> tuple[int, ...] | None:
@@ -59,7 +61,7 @@ def decided(given: Problem, system: System, out: RankOutput) -> Tensor:
 
 def _fit(out: RankOutput, columns: Sequence[Part], rows: Tensor) -> Attribution | None:
     columns = [part for part in columns if bool(part.value_MH[rows].any())]
-    if len(rows) * out.output.shape[1] < 4 * len(columns) or not columns:
+    if len(rows) < FEWEST or len(rows) * out.output.shape[1] < 4 * len(columns) or not columns:
         return None
     output = out.output[rows - out.rows.start].double() / out.unit
     matrix = torch.stack([part.value_MH[rows].flatten() for part in columns], 1)

@@ -1,4 +1,4 @@
-"""The routed scaling factor enters the routed part once and the shared part never: every model, every TP size.
+"""The routed scaling factor enters the routed part once and the shared part never: every layer with s, every grid.
 
 Claims are made of coefficients: the output of each rank is fitted on the parts of all ranks, see attribution.py.
 """
@@ -10,55 +10,45 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import models
-from harness.case import Case, Grid
+from harness.case import OPTIONS, Case, Grid, parse, parse_grid
 from harness.execution import run_system
 from harness.problem import problem
 from harness.systems.runner import RunnerSystem
 from tests.attribution import TOLERANCE, attributions
+from tests.bite import faulty
+from tests.drawn_layers import NAMES, case_of, cases
 
 RUNNER = RunnerSystem()
-TP_SIZES = (1, 2, 3, 4, 8)
-# 130 items share the work: each looks at a sixth of what the profile asks for
-FEW = settings(max_examples=max(4, settings().max_examples // 6))
+WITH_S = tuple(name for name in NAMES if case_of(name).spec.scale != 1.0)
+S = models.load("deepseek_v3").twin.scale
+SCALED = ("routed", "expert bias", "zero")  # what the law multiplies by s
+# all layers share the work: each looks at two thirds of what the profile asks for
+SHARE = settings(max_examples=settings().max_examples * 2 // 3)
+WHO = ("router", "kernel", "output")
 
 
-def settings_of(model: str) -> st.SearchStrategy[dict[str, object]]:
-    """Everything that may change who scales, and must not change how often."""
-    page = models.load(model)
-    scaled = page.twin.routing.routed_scaling_factor is not None
-    return st.fixed_dictionaries(
-        {
-            "tokens": st.integers(8, 40),
-            "seed": st.integers(0, 2),
-            "dtype": st.sampled_from(("fp32", "bf16", "fp16")),
-            "scale": st.sampled_from(("page", "router", "kernel", "output") if scaled else ("page",)),
-            "kernel": st.sampled_from(("partial", "reduced")),
-            "order": st.sampled_from(("1", "2", "3") if page.twin.shared else ("1",)),
-            "pad": st.sampled_from(("0", "8")),
-        }
-    )
-
-
-@pytest.mark.parametrize("tp", TP_SIZES)
-@pytest.mark.parametrize("model", models.names())
-@FEW
+@pytest.mark.parametrize("name", WITH_S)
+@SHARE
 @given(data=st.data())
-def test_s_enters_the_routed_part_once_and_the_shared_part_never(model: str, tp: int, data: st.DataObject):
-    case = Case(model=model, grid=Grid(tp=tp), **data.draw(settings_of(model)))
+def test_s_enters_the_routed_part_once_and_the_shared_part_never(name: str, data: st.DataObject):
+    case = data.draw(cases(name))
     s, tolerance = case.spec.scale, TOLERANCE[case.dtype]
-    for rank, found in enumerate(attributions(case, RUNNER)):
+    for rank, found in attributions(case, RUNNER).items():
         for (part, shard), factor in found.factors.items():
-            lawful = s if part in ("routed", "expert bias", "zero") else 1.0
-            assert abs(factor - lawful) <= tolerance * max(1.0, lawful), (str(case), rank, part, shard, factor)
+            lawful = s if part in SCALED else 1.0
+            assert abs(factor - lawful) <= tolerance * lawful, (str(case), rank, part, shard, factor)
 
 
 @pytest.mark.parametrize("model", [name for name in models.names() if models.load(name).twin.scale != 1.0])
-def test_the_model_s_own_factor_is_applied_like_the_twin_s(model: str):
-    case = Case(model=model, grid=Grid(tp=2), tokens=33, s="real")
+@pytest.mark.parametrize("grid", ["tp2", "tp2.ep4.dp2"])
+def test_the_model_s_own_factor_is_applied_like_the_twin_s(grid: str, model: str):
+    case = Case(model=model, grid=parse_grid(grid), tokens=33, s="real")
     real = models.load(model).real.routing.routed_scaling_factor
     assert case.spec.scale == real
-    for found in attributions(case, RUNNER):
-        assert abs(found.factors["routed", 1] - real) <= 1e-3 * real
+    found = attributions(case, RUNNER)
+    assert len(found) == case.grid.ranks
+    for each in found.values():
+        assert abs(each.factors["routed", 1] - real) <= 1e-3 * real
 
 
 def test_twins_use_factors_whose_products_with_tp_stay_apart():
@@ -67,10 +57,38 @@ def test_twins_use_factors_whose_products_with_tp_stay_apart():
         assert s in (None, 2.5, 2.4375), name
 
 
-@pytest.mark.parametrize("scale", ["router", "kernel", "output"])
-def test_whoever_scales_the_output_is_the_same_up_to_rounding(scale: str):
-    case = Case(model="deepseek_v3", grid=Grid(tp=3), tokens=33, scale=scale)
+@pytest.mark.parametrize("kernel", OPTIONS["kernel"][0])
+@pytest.mark.parametrize("scale", WHO)
+def test_whoever_scales_the_output_is_the_same_up_to_rounding(scale: str, kernel: str):
+    case = parse(f"deepseek_v3@tp2.ep4.dp2.tokens20_13+scale={scale}.kernel={kernel}")
     expected = problem(case).stages.output_MH
     for rank in run_system(case, RUNNER, problem(case)).ranks:
-        error = (rank.output.double() - expected).norm(dim=1) / expected.norm(dim=1)
+        error = (rank.output.double() - expected[rank.rows]).norm(dim=1) / expected[rank.rows].norm(dim=1)
         assert error.max() < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("on_routed", "on_shared", "routed", "shared"),
+    [
+        (lambda s: s * s, lambda s: 1.0, S * S, 1.0),  # twice
+        (lambda s: 1.0, lambda s: 1.0, 1.0, 1.0),  # never
+        (lambda s: s, lambda s: s, S, S),  # (R + S) * s
+    ],
+    ids=["twice", "never", "on both"],
+)
+@pytest.mark.parametrize("grid", ["tp1", "tp3", "tp4.ep2", "tp2.ep4.dp2", "tp2.ep2.sp2"])
+def test_the_fit_sees_a_factor_that_is_not_lawful(grid: str, on_routed, on_shared, routed: float, shared: float):
+    case = Case(model="deepseek_v3", grid=parse_grid(grid), tokens=40, scale="router")
+    found = attributions(case, faulty.Faulty(faulty.scaling(on_routed, on_shared)))
+    assert len(found) == case.grid.ranks
+    for each in found.values():
+        for (part, _), factor in each.factors.items():
+            assert abs(factor - {"routed": routed, "shared": shared}[part]) < 1e-3
+
+
+def test_a_factor_of_one_stands_in_no_router_kernel_or_runner():
+    for scale in WHO:
+        for model in ("mixtral", "glm4_moe"):
+            case = Case(model=model, scale="page" if model == "mixtral" else scale, grid=Grid(tp=2))
+            (layer, _) = (rank.layer for rank in run_system(case, RUNNER, problem(case)).ranks)
+            assert layer.plan.scaled_by == (() if model == "mixtral" else ({"output": "runner"}.get(scale, scale),))
