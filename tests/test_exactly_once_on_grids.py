@@ -53,7 +53,7 @@ def cases(draw: st.DrawFn, model: str) -> Case:
 def test_each_source_enters_each_rank_s_output_once_with_its_lawful_factor(model: str, data: st.DataObject):
     case = data.draw(cases(model))
     s, tolerance = case.spec.scale, TOLERANCE[case.dtype]
-    for rank, found in enumerate(attributions(case, RUNNER)):
+    for rank, found in attributions(case, RUNNER).items():
         for (part, shard), factor in found.factors.items():
             lawful = s if part in ("routed", "expert bias", "zero") else 1.0
             assert abs(factor - lawful) <= tolerance * max(1.0, lawful), (str(case), rank, part, shard, factor)

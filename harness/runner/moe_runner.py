@@ -68,6 +68,7 @@ class MoERunnerBase(MoERunnerInterface):
         self.shared_order = parts.shared_order
         self.share = parts.share
         self.comm = comm
+        self.last_plan: OutputPlan | None = None  # what the last call went by; no decision reads it
         self._told: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -181,7 +182,7 @@ class MoERunner(MoERunnerBase):
         hidden = hidden_states_MH.shape[1]
         x_ML = self.apply_routed_input_transform(hidden_states_MH)
         latent = x_ML.shape[1]
-        plan = self.plan(hidden_states_MH.dtype, latent)
+        plan = self.last_plan = self.plan(hidden_states_MH.dtype, latent)
         x_MP = self._maybe_pad_hidden_states(x_ML)
         if self.kernel.writes_input and x_MP is hidden_states_MH:
             x_MP = x_MP.clone()  # the shared experts and the caller still need it

@@ -181,22 +181,25 @@ class Block:
         case, comm = self._case, self._comm
         layer: Any = self._layer
         rows, junk, batches = x_MH.shape[0], int(case.junk), int(case.batches)
-        plan = self._plan = layer.plan
-        if isinstance(layer, FusedMoE):
-            self._announced += plan.collectives_of(batches)
-        else:
-            self._announced += layer.collectives
         if case.grid.sp > 1:
-            self._announced.append(("all_gather", "tp"))
-            return in_sequence_parallel(layer, comm, x_MH, **inputs)
-        if batches > 1 and isinstance(layer, FusedMoE):
+            y_MH = in_sequence_parallel(layer, comm, x_MH, **inputs)
+        elif batches > 1 and isinstance(layer, FusedMoE):
             y_MH = layer.forward_micro_batches(x_MH, batches)
         elif junk:
             text = {name: torch.cat([each, each.new_zeros(junk)]) for name, each in inputs.items()}
             y_MH = layer(with_junk_rows(x_MH, junk), num_tokens=rows, **text)[:rows]
         else:
             y_MH = layer(x_MH, **inputs)
-        if plan.routed_reduced is Reduced.BY_CALLER:
+        if isinstance(layer, FusedMoE):
+            plan = layer.runner.last_plan or layer.plan
+            self._announced += plan.collectives_of(batches)
+        else:
+            plan = layer.plan
+            self._announced += layer.collectives
+        self._plan = plan
+        if case.grid.sp > 1:
+            self._announced.append(("all_gather", "tp"))
+        elif plan.routed_reduced is Reduced.BY_CALLER:
             self._announced.append(("all_reduce", "tp"))
             y_MH = comm.tp.all_reduce(y_MH)
         return y_MH
