@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -36,6 +36,7 @@ from harness.runner.prepare_finalize.local import Batched, NoDPEP
 from harness.runner.prepare_finalize.naive import Naive, NaiveBatched
 from harness.runner.prepare_finalize.passthrough import Passthrough
 from harness.runner.weight_and_reduce import (
+    TopKWeightAndReduceContiguous,
     TopKWeightAndReduceDelegate,
     TopKWeightAndReduceNoOP,
 )
@@ -56,6 +57,7 @@ PLAIN = {
     "passthrough": Passthrough,
     "passthrough_batched": Passthrough,
 }
+CLASSES: dict[str, type[Any]] = {**PLAIN, **ALL_TO_ALL}
 INDEX_DTYPES = dict.fromkeys([*PLAIN, "nvlink_one_sided", "nvlink_two_sided"], torch.int32) | {
     "deepep_ht": torch.int64,
     "deepep_ll": torch.int64,
@@ -181,7 +183,7 @@ def work(arrived: Prepared, way: str, rank: int, freight: Freight) -> Tensor:
 
 def travel(kind: str, way: str, freights: Sequence[Freight], cls: type[Any] | None = None) -> Ranks[list[Trip]]:
     """All freights of one transport, in flight together: each is sent before the first comes home."""
-    cls = cls or {**PLAIN, **ALL_TO_ALL}[kind]
+    cls = cls or CLASSES[kind]
 
     def body(comm: Communicator) -> list[Trip]:
         carrier, flights = transport(kind, freights[0], comm, cls), []
@@ -253,8 +255,7 @@ def _wrong_batches(
 
 
 def _wrong_rows(freight: Freight, rank: int, x_NP: Tensor, due: list[tuple[Any, Any]], what: str = "") -> list[str]:
-    got = [JUNK if row.isnan().all() else (int(row[1]), int(row[2])) for row in x_NP.float().nan_to_num(nan=-1.0)]
-    got = [JUNK if bool(row.isnan().all()) else place for row, place in zip(x_NP, got, strict=True)]
+    got = [JUNK if row.isnan().all() else (int(row[1]), int(row[2])) for row in x_NP.float()]
     if got != due:
         return [f"rank {rank}: rows (source, token) {got} arrive{what}, due are {due}"]
     whole = [
@@ -314,38 +315,33 @@ def _columns(row_P: Tensor) -> dict[int, float]:
     return {column: value for column, value in enumerate(row_P.tolist()) if value != 0}
 
 
-def wrong_announcements(
-    kind: str, way: str, freight: Freight, run: Ranks[Any], cls: type[Any], calls: int
-) -> list[str]:
-    """The ledger against the collectives that the class announces."""
+def wrong_announcements(kind: str, freights: Sequence[Freight], run: Ranks[Any], cls: type[Any]) -> list[str]:
+    """The ledger against the collectives that the class announces: all dispatches and combines, then nothing."""
 
     def announced(comm: Communicator) -> list[tuple[str, str]]:
-        carrier = transport(kind, freight, comm, cls)
-        return [*carrier.dispatch, *carrier.combine] * calls
+        carrier = transport(kind, freights[0], comm, cls)
+        return [*carrier.dispatch, *carrier.combine] * len(freights)
 
-    due, found = run_ranks(freight.grid, announced).unwrap(), []
+    due, found = run_ranks(freights[0].grid, announced).unwrap(), []
     for rank, entries in enumerate(run.ledger):
         took_place = [(entry.op, entry.group) for entry in entries]
-        # calls in flight together interleave; what each of them makes stays the same
-        if sorted(took_place) != sorted(due[rank]):
+        if took_place != due[rank]:
             found.append(f"rank {rank}: {took_place} took place, announced were {due[rank]}")
     return found
 
 
 def complaints(kind: str, way: str, freights: Sequence[Freight], cls: type[Any] | None = None) -> dict[str, list[str]]:
-    """All checks of one journey, by name; "broke" where it ended early."""
+    """What the checks of one journey object to, by name of the check, none left empty; "broke" where it ended early."""
     run = travel(kind, way, freights, cls)
     if run.failure is not None:
-        return {"broke": [f"rank {run.failed_rank}: {run.failure!r}"], "arrivals": [], "home": [], "ledger": []}
-    found: dict[str, list[str]] = {"broke": [], "arrivals": [], "home": [], "ledger": []}
-    for index, freight in enumerate(freights):
-        trips = [trips[index] for trips in run.results]
-        found["arrivals"] += wrong_arrivals(kind, freight, trips)
-        found["home"] += wrong_homecomings(kind, freight, trips)
-    found["ledger"] = wrong_announcements(
-        kind, way, freights[0], run, cls or {**PLAIN, **ALL_TO_ALL}[kind], len(freights)
-    )
-    return found
+        return {"broke": [f"rank {run.failed_rank}: {run.failure!r}"]}
+    flights = [(freight, [trips[index] for trips in run.results]) for index, freight in enumerate(freights)]
+    found = {
+        "arrivals": [text for freight, trips in flights for text in wrong_arrivals(kind, freight, trips)],
+        "home": [text for freight, trips in flights for text in wrong_homecomings(kind, freight, trips)],
+        "ledger": wrong_announcements(kind, freights, run, cls or CLASSES[kind]),
+    }
+    return {check: texts for check, texts in found.items() if texts}
 
 
 # ------------------------------------------------------------------------------------------------ right transports
@@ -396,4 +392,290 @@ def freight(draw: st.DrawFn, kind: str) -> Freight:
 @pytest.mark.parametrize(("kind", "way"), ROUTES)
 @given(data=st.data())
 def test_each_rank_gets_the_rows_of_its_experts_and_each_token_the_sum_of_its_slots(kind, way, data):
-    assert not any(complaints(kind, way, [data.draw(freight(kind))]).values())
+    assert complaints(kind, way, [data.draw(freight(kind))]) == {}
+
+
+@pytest.mark.parametrize(("kind", "way"), ROUTES)
+@given(data=st.data())
+def test_two_calls_in_flight_keep_their_rows_apart(kind, way, data):
+    first = data.draw(freight(kind))
+    seed = data.draw(st.integers(0, 2**32), label="seed of the second")
+    second = replace(first, seed=seed, rows=tuple(5 - m for m in first.rows))
+    assert complaints(kind, way, [first, second]) == {}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_each_transport_asks_for_the_index_dtype_of_its_backend(kind):
+    def asked(comm: Communicator) -> torch.dtype:
+        return transport(kind, EXAMPLES[kind], comm, CLASSES[kind]).topk_indices_dtype
+
+    assert set(run_ranks(EXAMPLES[kind].grid, asked).unwrap()) == {INDEX_DTYPES[kind]}
+
+
+def test_the_low_latency_combine_refuses_experts_that_have_weighed_already():
+    freight = EXAMPLES["deepep_ll"]
+
+    def body(comm: Communicator) -> None:
+        carrier = transport("deepep_ll", freight, comm, DeepEPLLPrepareAndFinalize)
+        arrived = carrier.prepare(*freight.given[comm.rank])
+        for how in (TopKWeightAndReduceNoOP(), TopKWeightAndReduceContiguous()):
+            carrier.send(arrived.x, arrived, how)
+
+    with pytest.raises(TypeError, match="would do it twice"):
+        run_ranks(freight.grid, body).unwrap()
+
+
+# ------------------------------------------------------------------------------------------------ wrong transports
+
+
+def _example(grid: str, rows: tuple[int, ...]) -> Freight:
+    """Seven slots of six experts, bf16; the seed gives every rank rows for itself and others, and rows without any."""
+    parsed = parse_grid(grid)
+    placement = replicated(6, parsed.ep, 1) if parsed.ep > 1 else None
+    return Freight(
+        grid=parsed, slots=7, placement=placement, rows=rows, top_k=3, dtype=torch.bfloat16, seed=SEED
+    )  # fmt: skip
+
+
+SEED = 5
+EXAMPLES = {
+    **{kind: _example("ep3.dp3", (4, 2, 3)) for kind in CLASSES},
+    **{kind: _example("tp3.ep3", (4, 4, 4)) for kind in ("local", "local_batched")},
+    **{kind: _example("tp2.ep4.dp2", (4, 4, 2, 2)) for kind in ("passthrough", "passthrough_batched")},
+}
+
+
+class RollsIds:
+    """Every row asks for the experts of its neighbour."""
+
+    def prepare(self, x_MP, weights_MK, ids_MK):
+        return super().prepare(x_MP, weights_MK, ids_MK.roll(1, 0))
+
+
+class RollsWeights:
+    """Every row brings the weights of its neighbour."""
+
+    def prepare(self, x_MP, weights_MK, ids_MK):
+        return super().prepare(x_MP, weights_MK.roll(1, 0), ids_MK)
+
+
+class LosesTheLastRow:
+    """The last row that has an expert never leaves."""
+
+    def prepare(self, x_MP, weights_MK, ids_MK):
+        ids_MK = ids_MK.clone()
+        ids_MK[(ids_MK >= 0).any(1).nonzero().flatten()[-1:]] = -1
+        return super().prepare(x_MP, weights_MK, ids_MK)
+
+
+class SendsInFp32:
+    """Rows change their dtype on the way."""
+
+    def prepare(self, x_MP, weights_MK, ids_MK):
+        return super().prepare(x_MP.float(), weights_MK, ids_MK)
+
+
+class SwapsTwoSources:
+    """What came from rank 0 is taken for rank 1's and the other way round."""
+
+    def _exchange(self, rows, counts):
+        from_each, received = super()._exchange(rows, counts)
+        first, second, *rest = received.split(from_each)
+        return from_each, torch.cat([second, first, *rest])
+
+
+class GathersTwoSourcesSwapped:
+    """The same after a gather."""
+
+    def gather(self, *rows):
+        gathered, sizes = super().gather(*rows)
+        swapped = [(b, a, *rest) for a, b, *rest in (each.split(sizes) for each in gathered)]
+        return tuple(map(torch.cat, swapped)), sizes
+
+
+class ReadsIdMinusOneAsTheLastExpert:
+    """The tables lack the entry behind the last, which -1 reads."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self._local_E = self._local_E[:-1]
+        if hasattr(self, "_owner_E"):
+            self._owner_E = self._owner_E[:-1]
+
+
+class TellsLocalIdsOfAnyRank:
+    """Slots that belong elsewhere keep their local id: an expert here runs for them too."""
+
+    def _local_to(self, ids_DK, rank_D):
+        return self._local_E[ids_DK]
+
+
+class SendsRowsToEverybody:
+    """Rows also go where none of their experts is."""
+
+    def _routes(self, ids_MK):
+        size, rows = self._group.size, ids_MK.shape[0]
+        rank_D = torch.arange(size).repeat_interleave(rows)
+        return [rows] * size, torch.arange(rows).repeat(size), rank_D
+
+
+class FillsWithZeros:
+    """Rows that nobody wrote look like rows of zeros, so a sum that reads them does not show it."""
+
+    def prepare(self, x_MP, weights_MK, ids_MK):
+        arrived = super().prepare(x_MP, weights_MK, ids_MK)
+        nobody = arrived.x.isnan().all(-1, keepdim=True)
+        return replace(arrived, x=arrived.x.masked_fill(nobody, 0.0))
+
+
+class BringsHomeByTheWrongTable:
+    """Results are added to the rows as if they had come back in the reverse order."""
+
+    def receive(self, sent, prepared):
+        from_each, row_D, *rest = prepared.home
+        return super().receive(sent, replace(prepared, home=(from_each, row_D.flip(0), *rest)))
+
+
+class WeighsByTheWrongTable:
+    """The combine at home takes each slot's weight from its neighbour."""
+
+    def receive(self, sent, prepared):
+        *rest, weights_J = prepared.home
+        return super().receive(sent, replace(prepared, home=(*rest, weights_J.roll(1))))
+
+
+class ReadsTheWindowInOrder:
+    """Results are read from the front of the window, not from where the rows were written."""
+
+    def receive(self, sent, prepared):
+        *rest, at_D = prepared.home
+        return super().receive(sent, replace(prepared, home=(*rest, torch.arange(len(at_D)))))
+
+
+class ScattersByTheWrongTable:
+    """The sums go home one row too far."""
+
+    def scatter(self, out_NP, home):
+        return super().scatter(out_NP.roll(1, 0), home)
+
+
+class ForgetsTheSizes:
+    """Every rank gets an equal share of the sum, whatever it gave."""
+
+    def scatter(self, out_NP, home):
+        return self._group.reduce_scatter(out_NP)
+
+
+class SendsHomeInEqualShares:
+    """The same in an all-to-all: as many rows to each rank, whatever came from it."""
+
+    def send(self, out, prepared, how):
+        (from_each, *rest), size = prepared.home, self._group.size
+        total = sum(from_each)
+        even = [total // size + (rank < total % size) for rank in range(size)]
+        sent = super().send(out, replace(prepared, home=(even, *rest)), how)
+        rows = len(rest[0])
+        return torch.cat([sent, sent.new_zeros(rows, sent.shape[1])])[
+            :rows
+        ]  # cut to size, so that only places are wrong
+
+
+class LosesTheLastResult:
+    """What came home last is dropped."""
+
+    def receive(self, sent, prepared):
+        home_MP = super().receive(sent, prepared)
+        written = home_MP.abs().sum(1).nonzero().flatten()
+        home_MP[written[-1:]] = 0
+        return home_MP
+
+
+class AddsTwice:
+    def receive(self, sent, prepared):
+        return super().receive(sent, prepared) * 2
+
+
+class BringsHomeFp32:
+    """Results change their dtype on the way."""
+
+    def receive(self, sent, prepared):
+        return super().receive(sent, prepared).float()
+
+
+class ForgetsTheSumOverTp(Passthrough):
+    """Calls complete what is a partial sum."""
+
+    def send(self, out, prepared, how):
+        return self._inner.receive(self._inner.send(out, prepared, how), prepared)
+
+    def scatter(self, out_NP, home):
+        return self._inner.scatter(out_NP, home)
+
+
+class AsksOnceMore:
+    """One collective more than it announces."""
+
+    def receive(self, sent, prepared):
+        self._group.all_gather(torch.zeros(1))
+        return super().receive(sent, prepared)
+
+
+class RemembersOneWayHome:
+    """The way home is kept in the transport: the second call in flight overwrites the first one's."""
+
+    def prepare(self, x_MP, weights_MK, ids_MK):
+        self._last = super().prepare(x_MP, weights_MK, ids_MK)
+        return self._last
+
+    def receive(self, sent, prepared):
+        rows = prepared.home[2]
+        home_MP = super().receive(sent, replace(self._last, home=(*self._last.home[:2], rows, *self._last.home[3:])))
+        return home_MP
+
+
+# the checks that have to object
+BOTH = {"arrivals", "home"}
+EVERY = tuple(CLASSES)
+EXCHANGES, GATHERS = tuple(ALL_TO_ALL), ("naive", "naive_batched")
+UNWRAPPED = (*EXCHANGES, *GATHERS, "local", "local_batched")
+PLANTED = [
+    (RollsIds, EVERY, BOTH),
+    (RollsWeights, [kind for kind in EVERY if kind != "deepep_ll"], BOTH),
+    (RollsWeights, ["deepep_ll"], {"home"}),  # its weights stay at home
+    (LosesTheLastRow, EVERY, BOTH),
+    (SendsInFp32, EVERY, BOTH),
+    (SwapsTwoSources, EXCHANGES, BOTH),
+    (GathersTwoSourcesSwapped, GATHERS, BOTH),
+    (ReadsIdMinusOneAsTheLastExpert, [kind for kind in UNWRAPPED if kind != "deepep_ll"], BOTH),
+    (ReadsIdMinusOneAsTheLastExpert, ["deepep_ll"], {"broke"}),  # it counts its experts by the same table
+    (TellsLocalIdsOfAnyRank, ["deepep_ht", "nvlink_one_sided"], BOTH),
+    (SendsRowsToEverybody, ["deepep_ht"], {"arrivals"}),  # a rank without experts for a row adds 0
+    (FillsWithZeros, ["nvlink_one_sided", "deepep_ll", "naive_batched", "local_batched"], {"arrivals"}),
+    (BringsHomeByTheWrongTable, EXCHANGES, {"home"}),
+    (WeighsByTheWrongTable, ["deepep_ll"], {"home"}),
+    (ReadsTheWindowInOrder, ["nvlink_one_sided"], {"home"}),
+    (ScattersByTheWrongTable, GATHERS, {"home"}),
+    (ForgetsTheSizes, GATHERS, {"home"}),
+    (SendsHomeInEqualShares, ["deepep_ht", "deepep_ll", "nvlink_two_sided"], {"home"}),
+    (LosesTheLastResult, EVERY, {"home"}),
+    (AddsTwice, EVERY, {"home"}),
+    (BringsHomeFp32, EVERY, {"home"}),
+    (ForgetsTheSumOverTp, ["passthrough", "passthrough_batched"], {"home", "ledger"}),
+    (AsksOnceMore, (*EXCHANGES, *GATHERS), {"ledger"}),
+]
+BITES = [(wrong, kind, checks) for wrong, kinds, checks in PLANTED for kind in kinds]
+
+
+@pytest.mark.parametrize(("wrong", "kind", "checks"), BITES, ids=lambda part: getattr(part, "__name__", str(part)))
+def test_the_checks_object_to_a_planted_wrong_transport(wrong, kind, checks):
+    assert complaints(kind, WAYS[kind][0], [EXAMPLES[kind]]) == {}
+    cls = wrong if issubclass(wrong, CLASSES[kind]) else type(wrong.__name__, (wrong, CLASSES[kind]), {})
+    assert complaints(kind, WAYS[kind][0], [EXAMPLES[kind]], cls).keys() == checks
+
+
+@pytest.mark.parametrize("kind", EXCHANGES)
+def test_one_way_home_for_two_calls_in_flight_is_found(kind):
+    cls = type("Remembers", (RemembersOneWayHome, CLASSES[kind]), {})
+    one = EXAMPLES[kind]
+    assert complaints(kind, WAYS[kind][0], [one], cls) == {}
+    assert complaints(kind, WAYS[kind][0], [one, replace(one, seed=one.seed + 1)], cls)
