@@ -384,6 +384,28 @@ def test_a_combination_that_would_compute_something_else_is_refused(spec, settin
         on_ranks(spec, settings, tp)
 
 
+@pytest.mark.xfail(strict=True, reason="FusedMoE.swap_kernel asks nothing of what a construction is asked")
+@pytest.mark.parametrize(
+    ("settings", "grid", "kernel", "words"),
+    [
+        (ROUTER_SCALES, Grid(tp=4, ep=2), "deepep_ht", "whole experts on other ranks"),
+        (ROUTER_SCALES, Grid(tp=2), "deepep_ht", "whole experts on other ranks"),
+        (replace(ROUTER_SCALES, reduce_results=False), Grid(tp=2), "reduced", "the kernel reduces"),
+    ],
+    ids=["cut experts", "ep=1", "caller reduces too"],
+)
+def test_a_swap_to_a_kernel_that_the_layer_would_refuse_is_refused_as_well(settings, grid, kernel, words):
+    weights, x = make_weights(DEEPSEEK, 1, torch.float32), make_tokens(DEEPSEEK, 9, 1, torch.float32).hidden_states
+
+    def body(comm: Communicator) -> Tensor:
+        layer = FusedMoE(DEEPSEEK, settings, weights, comm)
+        layer.swap_kernel(kernel)
+        return layer(x)
+
+    with pytest.raises(ValueError, match=words):
+        run_ranks(grid, body).unwrap()
+
+
 def test_a_correction_bias_in_bf16_is_refused_by_the_router():
     with pytest.raises(ValueError, match="expected float32"):
         make_router(DEEPSEEK.routing, torch.zeros(16, dtype=torch.bfloat16), None, 1.0)
