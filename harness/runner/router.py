@@ -214,6 +214,8 @@ def _score_after_top_k(logits_ME: Tensor, routing: Routing) -> tuple[Tensor, Ten
 def _sparsemixer(logits_ME: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     """PhiMoE: two picks, each weighted by a softmax over the logits within a relative distance of it."""
     reach = 2 * (routing.sparsemixer_epsilon or 0.0)
+    # in a row of -inf alone, the first pick could not be told from the rest and would be picked again
+    logits_ME = logits_ME.clamp(min=torch.finfo(logits_ME.dtype).min)
     first_M1, id1_M1 = logits_ME.max(-1, keepdim=True)
     near_ME = (first_M1 - logits_ME) / logits_ME.abs().clamp(min=first_M1) <= reach
     weight1_M1 = logits_ME.masked_fill(~near_ME, float("-inf")).softmax(-1).gather(1, id1_M1)
@@ -238,8 +240,11 @@ def _renormalize(weights_MK: Tensor, routing: Routing) -> Tensor:
         return weights_MK
     total_M1 = weights_MK.sum(-1, keepdim=True)
     if routing.renormalize_rule == "clamp":
-        return weights_MK / total_M1.clamp(min=routing.renormalize_epsilon)
-    return weights_MK / (total_M1 + routing.renormalize_epsilon)
+        total_M1 = total_M1.clamp(min=routing.renormalize_epsilon)
+    else:
+        total_M1 = total_M1 + routing.renormalize_epsilon
+    # without an epsilon, scores that are all 0 keep their 0, as in vLLM's CUDA kernels
+    return weights_MK / total_M1.masked_fill(total_M1 == 0.0, 1.0)
 
 
 def _scaled(weights_MK: Tensor, scale: float) -> Tensor:
