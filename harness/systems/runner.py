@@ -191,7 +191,7 @@ class Block:
         else:
             y_MH = layer(x_MH, **inputs)
         if isinstance(layer, FusedMoE):
-            plan = layer.runner.last_plan or layer.plan
+            plan = layer.plan
             self._announced += plan.collectives_of(batches)
         else:
             plan = layer.plan
