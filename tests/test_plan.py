@@ -536,6 +536,21 @@ def test_each_kernel_and_placement_gives_the_order_of_table_f(options, order):
         assert {layer.plan.shared_order for layer in layers(without)} == {NONE}
 
 
+@pytest.mark.parametrize(
+    ("options", "order"),
+    [
+        ("kernel=partial.placement=replicas", INSIDE),  # load balancing forbids it to all-to-all kernels alone
+        ("kernel=reduced.placement=replicas", INSIDE),
+        ("experts=monolithic", FIRST),  # order 2 is never a monolithic kernel's, whatever its transport could do
+        ("kernel=reduced.experts=monolithic", FIRST),
+    ],
+)
+def test_a_transport_that_becomes_async_overlaps_where_table_f_lets_it(options, order):
+    for layer in layers(f"deepseek_v3@tp2.ep4.dp2+{options}"):
+        layer.runner.kernel.prepare_finalize.supports_async = True
+        assert layer.plan.shared_order is order
+
+
 def test_load_balancing_that_begins_between_two_calls_changes_the_order():
     """Facts of the call: nothing about the placement is remembered from the building of the layer."""
     for layer in layers("deepseek_v3@tp4.ep4+kernel=deepep_ht"):
