@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -77,18 +76,6 @@ def stale_map_of_experts(layer: FusedMoE, comm: Communicator) -> None:
     layer.place = place
 
 
-def unit_not_told(layer: FusedMoE, comm: Communicator) -> None:
-    """R + S/s comes back as if it were y."""
-    right = layer.runner.forward
-
-    def forward(*given: Tensor) -> Tensor:
-        y_MH = right(*given)
-        layer.runner.last_plan = replace(layer.runner.last_plan, output_unit=1.0)
-        return y_MH
-
-    layer.runner.forward = forward
-
-
 TWICE = faulty.scaling(lambda s: s * s)
 NEVER = faulty.scaling(lambda s: 1.0)
 # number -> what is planted, and the cases that have to show it
@@ -109,7 +96,7 @@ DEFECTS: dict[str, tuple[faulty.Plant, tuple[str, ...]]] = {
     "5 s lost in the kernel": (NEVER, ("kimi_linear+scale=kernel", "kimi_linear@tp2.ep2+scale=kernel")),
     "6 s lost in the router": (NEVER, ("glm4_moe@tp2+scale=router", "lfm2_moe@tp2.dp2+scale=router")),
     "7 fp16 without compensation": (
-        unit_not_told,
+        faulty.undeclared_unit,
         ("glm4_moe@fp16+scale=output", "nemotron_h@tp2.ep2.fp16+scale=output"),
     ),
     "8 latent bias once a rank": (transform_before_the_sum, ("nemotron_h@tp2", "nemotron_h@tp4.ep2")),
