@@ -223,7 +223,6 @@ def test_a_kernel_swapped_after_a_move_keeps_the_experts_where_they_are():
         assert agrees(y, OUTPUT)
 
 
-@pytest.mark.xfail(strict=True, reason="FusedMoE.place builds the kernel of the settings, not the one in use")
 def test_a_move_keeps_the_kernel_that_was_swapped_in():
     def use(layer: FusedMoE, x: Tensor) -> Tensor:
         layer.swap_kernel("deepep_ht")
@@ -284,7 +283,6 @@ def test_experts_that_route_by_themselves_refuse_renamed_experts():
         on_ranks("tp2.ep2", replace(PLAIN, placement=replicated(EXPERTS, 2, 2), experts="monolithic"))
 
 
-@pytest.mark.xfail(strict=True, reason="FusedMoE.place checks nothing: experts that no rank holds are lost silently")
 @pytest.mark.parametrize(
     ("placement", "words"),
     [
@@ -302,9 +300,6 @@ def test_a_move_to_a_placement_that_the_layer_would_refuse_is_refused_as_well(pl
         on_ranks("tp2.ep2", PLAIN, use)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="FusedMoE.place lets load balancing rename experts of a kernel that routes by itself"
-)
 def test_moving_experts_that_route_by_themselves_is_refused():
     def use(layer: FusedMoE, x: Tensor) -> Tensor:
         layer.place(physical([*reversed(range(EXPERTS))], EXPERTS, 2))

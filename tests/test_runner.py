@@ -384,7 +384,6 @@ def test_a_combination_that_would_compute_something_else_is_refused(spec, settin
         on_ranks(spec, settings, tp)
 
 
-@pytest.mark.xfail(strict=True, reason="FusedMoE.swap_kernel asks nothing of what a construction is asked")
 @pytest.mark.parametrize(
     ("settings", "grid", "kernel", "words"),
     [

@@ -153,14 +153,20 @@ class FusedMoE:
             {"w13": w13, "w2": w2}, plain, parallel.moe_tp_rank, parallel.moe_tp_size, self._settings.padding
         )  # fmt: skip
 
+    def _checked(self, settings: LayerSettings) -> LayerSettings:
+        check_settings(self._spec, settings, self._parallel)
+        return settings
+
     def swap_kernel(self, backend: Kernel) -> None:
-        """From the next call on, tokens travel by another backend."""
+        """From the next call on, tokens travel by another backend. ValueError where a construction would be refused."""
+        self._settings = self._checked(replace(self._settings, kernel=backend))
         self.runner.kernel = self.make_kernel(backend, self.runner.placement)
 
     def place(self, placement: Placement) -> None:
-        """From the next call on, the ranks hold other experts (EPLB). ValueError where every rank has a piece of all."""
+        """From the next call on, the ranks hold other experts (EPLB). ValueError where a construction would be refused."""
         if self.runner.placement is None:
             raise ValueError("ep=1: every rank holds a piece of all experts, so there is nothing to place. Use ep > 1")
+        self._settings = self._checked(replace(self._settings, placement=placement))
         self.runner.kernel = self.make_kernel(self._settings.kernel, placement)
         self.runner.placement = placement
 
