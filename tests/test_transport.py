@@ -666,7 +666,9 @@ PLANTED = [
 BITES = [(wrong, kind, checks) for wrong, kinds, checks in PLANTED for kind in kinds]
 
 
-@pytest.mark.parametrize(("wrong", "kind", "checks"), BITES, ids=lambda part: getattr(part, "__name__", str(part)))
+@pytest.mark.parametrize(
+    ("wrong", "kind", "checks"), BITES, ids=[f"{wrong.__name__}-{kind}" for wrong, kind, _ in BITES]
+)
 def test_the_checks_object_to_a_planted_wrong_transport(wrong, kind, checks):
     assert complaints(kind, WAYS[kind][0], [EXAMPLES[kind]]) == {}
     cls = wrong if issubclass(wrong, CLASSES[kind]) else type(wrong.__name__, (wrong, CLASSES[kind]), {})
