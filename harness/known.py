@@ -49,12 +49,12 @@ class Known:
     dtypes: tuple[str, ...] = DTYPES
     sequence_parallel: bool | None = None
 
-    def covers(self, case: Case, system: str) -> bool:
-        """Whether the fault is in this layer, be it that nothing shows it there."""
+    def covers(self, case: Case) -> bool:
+        """Whether the fault is in the system's layer, be it that nothing shows it there."""
         named = case.model not in self.unless if self.models is None else case.model in self.models
         rows = self.sequence_parallel in (None, case.grid.sp > 1)
         where = case.backend in self.backends and case.kernel in self.kernels and case.dtype in self.dtypes
-        return system == self.system and named and rows and where
+        return named and rows and where
 
 
 _FC2 = "vLLM 0.19.1, models/nemotron_h.py: fc2_latent runs on a rank's partial sum; early reduction since 0.27.0rc1"
@@ -169,13 +169,12 @@ class Foretold:
 
 def expected(case: Case, system: str, given: Problem) -> Foretold | None:
     """What the ledger foretells; None without an entry, or where it changes nothing (tp = 1, no tokens, no such part)."""
-    if case.tokens == 0:
+    here = [entry for entry in LEDGER if entry.system == system and entry.covers(case)]
+    if case.tokens == 0 or not here:
         return None
     numbers, lawful = _numbers(case, given), law(given)
     wanted, own, entries = {name: numbers[symbol] for name, symbol in lawful.items()}, set[str](), []
-    for entry in LEDGER:
-        if not entry.covers(case, system):
-            continue
+    for entry in here:
         factors = {name: numbers[symbol] for name, symbol in entry.factors.items() if name in lawful}
         kept = {name for name in entry.own if name in lawful and case.grid.tp > 1}
         if kept or any(factor != 1.0 for factor in factors.values()):
