@@ -169,6 +169,18 @@ def test_whatever_the_files_did_on_any_grid_is_right_or_known():
     assert found[Verdict.KNOWN] > 50
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ernie4_5_vl_moe@tp2.ep4.dp2.tokens1_5.seed369+kernel=deepep_ht",
+        "qwen2_moe@tp3.ep6.dp2.tokens10.seed958+kernel=deepep_ll",
+    ],
+)
+def test_a_prediction_is_held_to_the_rounding_of_right_layers_and_no_finer(text):
+    """Roundings of its addends alone were too small a bound: one row in some thousand was past it."""
+    assert check(parse(text), LEGACY).verdict is Verdict.KNOWN
+
+
 def test_a_share_of_another_rank_is_not_what_the_ledger_foretells(monkeypatch):
     """qwen3_next cut S over tp: the ledger must not accept a layer that left the same share everywhere."""
     monkeypatch.setattr(known, "_own_share", lambda whole, rank, case, given: known.shares(given, 2)[1].value_MH)
