@@ -84,9 +84,9 @@ def _cross_fit(evidence: Evidence, rank: int, rows: Tensor, others: list[Tensor]
         count = min(len(other), len(rows))
         decided[:count] &= evidence.decided_M[other[:count]]
     used = [i for i, column in enumerate([*own, *cross]) if bool(column[decided].any())]
-    matrix = torch.stack([[*own, *cross][i][decided].flatten() for i in used], 1)
-    if target[decided].numel() < 2 * len(used) or not used:
+    if not used or target[decided].numel() < 2 * len(used):
         return None
+    matrix = torch.stack([[*own, *cross][i][decided].flatten() for i in used], 1)
     solved = torch.linalg.lstsq(matrix, target[decided].flatten()[:, None], driver="gelsd").solution[:, 0]
     naive_M = evidence.naive_M[rows][decided] / share
     growth = max(1.0, float(solved.abs().max()) / max(1.0, given.spec.scale)) * len(others)

@@ -192,3 +192,9 @@ def test_every_entry_names_a_reference_and_models_that_exist():
         assert len(entry.reference) > 20
         assert set(entry.models or ()) | set(entry.unless) <= set(models.names())
         assert entry.factors or entry.own
+
+
+def test_a_fault_on_rows_of_which_none_is_decided_is_read_without_a_crash():
+    """Every token of some rank is a near tie here, so that there is nothing to fit."""
+    case = parse("qwen3_next@tp4.ep8.dp2.sp4.bf16.seed488")
+    assert check(case, LegacySystem()).verdict is Verdict.KNOWN
