@@ -52,7 +52,7 @@ def shard(
     w13, w2 = weights["w13"], weights["w2"]
     b13, b2 = (weights["b13"], weights["b2"]) if experts.bias else (None, None)
     if held is not None:
-        ids = torch.tensor(held, dtype=torch.int64)
+        ids = _as_index(held)
         w13, w2 = w13[ids], w2[ids]
         b13, b2 = None if b13 is None else b13[ids], None if b2 is None else b2[ids]
     if experts.transposed:
@@ -66,6 +66,13 @@ def shard(
         w13_EnP, w2_EPi = functional.pad(w13_EnP, (0, pad)), functional.pad(w2_EPi, (0, 0, 0, pad))
         b2_EP = None if b2_EP is None else functional.pad(b2_EP, (0, pad))
     return ExpertWeights(w13_EnP, w2_EPi, b13_En, b2_EP, experts.activation)
+
+
+def _as_index(held: Sequence[int]) -> slice | Tensor:
+    """Neighbours as a slice, which copies no weights."""
+    if held and list(held) == list(range(held[0], held[0] + len(held))):
+        return slice(held[0], held[0] + len(held))
+    return torch.tensor(held, dtype=torch.int64)
 
 
 def join(routed: ExpertWeights, shared: ExpertWeights) -> ExpertWeights:

@@ -123,8 +123,8 @@ class FusedMoE:
 
     @property
     def output_unit(self) -> float:
-        """forward returns y times this: 1, or 1/s for the fp16 layer whose decoder works in that unit."""
-        return self.plan.output_unit
+        """The last call returned y times this: 1, or 1/s for the fp16 layer whose decoder works in that unit."""
+        return (self.runner.last_plan or self.plan).output_unit
 
     def make_kernel(self, backend: Kernel, placement: Placement | None) -> FusedMoEKernel:
         """A kernel over this rank's part of the weights, to be put into `runner.kernel` between two calls."""

@@ -243,8 +243,9 @@ def _renormalize(weights_MK: Tensor, routing: Routing) -> Tensor:
         total_M1 = total_M1.clamp(min=routing.renormalize_epsilon)
     else:
         total_M1 = total_M1 + routing.renormalize_epsilon
-    # without an epsilon, scores that are all 0 keep their 0, as in vLLM's CUDA kernels
-    return weights_MK / total_M1.masked_fill(total_M1 == 0.0, 1.0)
+    if routing.renormalize_epsilon == 0.0:  # scores that are all 0 then keep their 0, as in vLLM's CUDA kernels
+        total_M1 = total_M1.masked_fill(total_M1 == 0.0, 1.0)
+    return weights_MK / total_M1
 
 
 def _scaled(weights_MK: Tensor, scale: float) -> Tensor:

@@ -156,7 +156,7 @@ class Block:
 
     @property
     def output_unit(self) -> float:
-        return self.plan.output_unit
+        return self._layer.output_unit
 
     @property
     def announced(self) -> list[tuple[str, str]]:
@@ -191,7 +191,7 @@ class Block:
         else:
             y_MH = layer(x_MH, **inputs)
         if isinstance(layer, FusedMoE):
-            plan = layer.plan
+            plan = layer.runner.last_plan or layer.plan
             self._announced += plan.collectives_of(batches)
         else:
             plan = layer.plan

@@ -119,7 +119,7 @@ EDITS = (
     ),
     Edit(
         "unit not declared", "../systems/runner.py",
-        "return self.plan.output_unit", "return 1.0", "its unit 1/s is not declared",
+        "return self._layer.output_unit", "return 1.0", "its unit 1/s is not declared",
     ),
     # ---- experts and tokens on grids
     Edit(
