@@ -110,6 +110,18 @@ class Grid:
 SIZES = ("tp", "ep", "dp", "sp")
 
 
+@functools.cache
+def groups_of(grid: Grid) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Name -> the global ranks of each group: "tp", "ep" and "dp" meet in collectives, "moe.tp" cut an expert among them."""
+    tp, moe_tp, ranks = grid.tp, grid.moe_tp, grid.ranks
+    return {
+        "tp": tuple(tuple(range(first, first + tp)) for first in range(0, ranks, tp)),
+        "ep": tuple(tuple(range(piece, ranks, moe_tp)) for piece in range(moe_tp)),
+        "dp": tuple(tuple(range(column, ranks, tp)) for column in range(tp)),
+        "moe.tp": tuple(tuple(range(first, first + moe_tp)) for first in range(0, ranks, moe_tp)),
+    }
+
+
 def parse_grid(text: str) -> Grid:
     """The grid that 'tp2.ep4.dp2.sp1' names; sizes left out are 1. UsageError says what is malformed."""
     sizes: dict[str, int] = {}

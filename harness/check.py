@@ -16,7 +16,7 @@ from harness.diagnose import Diagnosis, diagnose
 from harness.errors import CouldNotRun
 from harness.execution import RankOutput, Run, run_system
 from harness.finding import Finding, Verdict, repro_command
-from harness.layout import Layout
+from harness.layout import Layout, linear_owners
 from harness.problem import Problem, problem, ways
 from harness.systems import System
 
@@ -104,7 +104,8 @@ def evidence(
         held_RM = torch.stack([_mask(out.rows, wrong_RM.shape[1]) for out in run.ranks])
     wrong_RM = wrong_RM & held_RM
     stages: dict[str, Tensor] = getattr(run.ranks[0].layer, "stages", dict)() if case.grid.dp == 1 else {}
-    layout = Layout(case.grid, getattr(run.ranks[0].layer, "owners", _linear(case)))
+    linear = linear_owners(case.spec.routing.num_experts, case.grid.ep)
+    layout = Layout(case.grid, getattr(run.ranks[0].layer, "owners", linear))
     return Evidence(given, outputs, held_RM, layout, system.precision(given.spec), wrong_RM, stages)
 
 
@@ -119,12 +120,6 @@ def _mask(rows: slice, count: int) -> Tensor:
     held_M = torch.zeros(count, dtype=torch.bool)
     held_M[rows] = True
     return held_M
-
-
-def _linear(case: Case) -> tuple[int, ...]:
-    """The ep rank of each expert where a layer does not tell: neighbours together, the first ranks hold one more."""
-    base, rest = divmod(case.spec.routing.num_experts, case.grid.ep)
-    return tuple(rank for rank in range(case.grid.ep) for _ in range(base + (rank < rest)))
 
 
 def _unannounced(run: Run) -> str | None:

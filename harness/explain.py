@@ -11,10 +11,9 @@ from typing import TextIO
 import torch
 
 from harness.algebra import Evidence, Reading, law, read_shares, read_whole, read_with_input
-from harness.case import SIZES, Case
+from harness.case import SIZES, Case, groups_of
 from harness.check import check, evidence, judge, whole_output
 from harness.comm import Entry
-from harness.comm.simulated import groups_of
 from harness.compare import compare
 from harness.execution import Run, run_system
 from harness.finding import Finding, exit_code

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.case import Grid
+from harness.case import Grid, groups_of
 from harness.errors import ranks_text
 
 # the parts that live with the routed experts
@@ -99,15 +99,9 @@ class Layout:
 
 @functools.lru_cache(maxsize=64)
 def _groups(grid: Grid) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """The ranks that meet in a collective, by the name of the group; those of one rank are left out."""
-    tp, dp, ep, moe_tp, ranks = grid.tp, grid.dp, grid.ep, grid.moe_tp, grid.ranks
-    groups = {
-        "tp": tuple(tuple(range(d * tp, (d + 1) * tp)) for d in range(dp)),
-        "dp": tuple(tuple(range(t, ranks, tp)) for t in range(tp)),
-        "ep": tuple(tuple(range(p, ranks, moe_tp)) for p in range(moe_tp)),
-        "moe.tp": tuple(tuple(range(e * moe_tp, (e + 1) * moe_tp)) for e in range(ep)),
-    }
-    return {name: found for name, found in groups.items() if 1 < len(found) < ranks}
+    """Groups of some ranks; tp before dp before ep, since the first that fits names a fault."""
+    groups = groups_of(grid)
+    return {name: groups[name] for name in ("tp", "dp", "ep", "moe.tp") if 1 < len(groups[name]) < grid.ranks}
 
 
 @functools.lru_cache(maxsize=64)
@@ -116,3 +110,9 @@ def _alike(grid: Grid) -> dict[str, tuple[tuple[int, ...], ...]]:
     groups = _groups(grid)
     named = {"dp": groups.get("tp"), "tp": groups.get("dp"), "ep": groups.get("moe.tp")}
     return {name: found for name, found in named.items() if found}
+
+
+def linear_owners(experts: int, ep: int) -> tuple[int, ...]:
+    """The ep rank of each expert where a layer does not tell: neighbours together, the first ranks hold one more."""
+    base, rest = divmod(experts, ep)
+    return tuple(rank for rank in range(ep) for _ in range(base + (rank < rest)))

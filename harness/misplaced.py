@@ -6,12 +6,12 @@ expert f computes what was meant for others; if a rank treats its own slots apar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from harness.layout import Layout
+from harness.layout import Layout, linear_owners
 
 
 def placement_story(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor, layout: Layout) -> tuple[str, str] | None:
@@ -44,7 +44,7 @@ def _weighings(law_ME: Tensor, layout: Layout) -> Iterator[tuple[str, str, Tenso
     """What a rank makes of the weights that reach it: family, sentence, the weights as they then count."""
     owners = layout.owners
     assert owners is not None  # placement_story asks
-    owner_E, ranks = torch.tensor(owners), layout.grid.ep
+    owner_E = torch.tensor(owners)
     same_EE = (owner_E[:, None] == owner_E).double()
     visits_ME = (law_ME != 0).double()
     with_me_ME = visits_ME @ same_EE  # how many of the token's experts the rank of expert e holds
@@ -60,7 +60,7 @@ def _weighings(law_ME: Tensor, layout: Layout) -> Iterator[tuple[str, str, Tenso
         torch.where(law_ME != 0, law_ME / by_rank_ME.clamp(min=1e-30), 0.0) * law_ME.sum(-1, keepdim=True),
     )
     away_ME = law_ME.sum(-1, keepdim=True) - by_rank_ME  # the weights of experts that e's rank does not hold
-    held = [[e for e, owner in enumerate(owners) if owner == rank] for rank in range(ranks)]
+    held = _held(owners, layout.grid.ep)
     for family, which, place in (("G1", "last", -1), ("G3", "first", 0)):
         catches_E = torch.zeros(len(owners), dtype=torch.float64)
         catches_E[[experts[place] for experts in held if experts]] = 1.0
@@ -73,13 +73,11 @@ def _disagreements(layout: Layout) -> Iterator[tuple[str, Tensor]]:
     owners = layout.owners
     assert owners is not None  # placement_story asks
     experts, ep = len(owners), layout.grid.ep
-    slots: list[list[int]] = [[] for _ in range(ep)]
-    for e, owner in enumerate(owners):
-        slots[owner].append(e)
+    slots = _held(owners, ep)
     local = [slots[owner].index(e) for e, owner in enumerate(owners)]
     starts = [held[0] if held else experts for held in slots]
     dealt = [[e for e in range(experts) if e % ep == rank] for rank in range(ep)]
-    even = _linear(experts, ep)
+    even = _held(linear_owners(experts, ep), ep)
 
     def serves(pairs: Iterator[tuple[int, int]] | list[tuple[int, int]]) -> Tensor:
         matrix = torch.zeros(experts, experts, dtype=torch.float64)
@@ -119,11 +117,10 @@ def _disagreements(layout: Layout) -> Iterator[tuple[str, Tensor]]:
         yield f"tokens go to the ep rank {side} the one that holds their expert, to the same slot", serves(beside)
 
 
+def _held(owners: Sequence[int], ep: int) -> list[list[int]]:
+    """The experts of each ep rank."""
+    return [[e for e, owner in enumerate(owners) if owner == rank] for rank in range(ep)]
+
+
 def _at(slots: list[list[int]], rank: int, slot: int) -> list[int]:
     return slots[rank][slot : slot + 1]
-
-
-def _linear(experts: int, ep: int) -> list[list[int]]:
-    base, rest = divmod(experts, ep)
-    starts = [rank * base + min(rank, rest) for rank in range(ep + 1)]
-    return [list(range(starts[rank], starts[rank + 1])) for rank in range(ep)]

@@ -631,6 +631,23 @@ def test_a_layer_that_announces_nothing_is_judged_by_its_output_alone():
     assert check(parse("mixtral@tp2"), Silent(one_more)).verdict is Verdict.OK
 
 
+@pytest.mark.parametrize("text", ["deepseek_v3@tp2", "deepseek_v3@tp2.ep4.dp2+kernel=deepep_ht.swap=partial"])
+def test_a_layer_that_is_called_twice_announces_both_calls(text):
+    class Twice(RunnerSystem):
+        def build(self, case, weights, comm):
+            block = super().build(case, weights, comm)
+
+            def forward(x, **inputs):
+                block(x, **inputs)
+                y = block(x, **inputs)
+                forward.announced = block.announced
+                return y
+
+            return forward
+
+    assert check(parse(text), Twice()).verdict is Verdict.OK
+
+
 def test_a_wrong_output_is_told_before_what_the_ledger_shows():
     def twice(runner, comm):
         with_final(runner, lambda states, width, plan, right: comm.tp.all_reduce(right(states, width, plan)))

@@ -35,17 +35,17 @@ from harness.runner.router import make_router
 from harness.systems.runner import RunnerSystem, settings_of
 
 LAYER = LayerFacts(
-    tp=4, moe_tp=4, moe_ep=1, sequence_parallel=False, scale=2.5, apply_routed_scale_to_output=True, router_scales=True,
+    moe_tp=4, moe_ep=1, sequence_parallel=False, scale=2.5, apply_routed_scale_to_output=True, router_scales=True,
     has_shared_experts=True, transform="none", reduce_results=True,
 )  # fmt: skip
 CALL = CallFacts(
     output_is_reduced=False, kernel_scales=False, no_overlap=False, kernel_runs_shared=False, side_stream=False,
     half_precision=False, padded=False,
 )  # fmt: skip
-ONE_RANK = {"tp": 1, "moe_tp": 1, "moe_ep": 1}
-CUT_OVER_TP = {"tp": 4, "moe_tp": 4, "moe_ep": 1}
-WHOLE_EXPERTS = {"tp": 4, "moe_tp": 1, "moe_ep": 4}
-EP_GROUPS = {"tp": 4, "moe_tp": 2, "moe_ep": 2}
+ONE_RANK = {"moe_tp": 1, "moe_ep": 1}
+CUT_OVER_TP = {"moe_tp": 4, "moe_ep": 1}
+WHOLE_EXPERTS = {"moe_tp": 1, "moe_ep": 4}
+EP_GROUPS = {"moe_tp": 2, "moe_ep": 2}
 
 
 def plan(**changes: object) -> OutputPlan:
@@ -406,7 +406,8 @@ SIZES = {
 def test_a_layer_decides_by_the_sizes_of_its_grid(grid, sizes):
     for layer in layers(f"mixtral@{grid}"):
         facts = layer.runner.facts
-        assert (facts.tp, facts.moe_tp, facts.moe_ep, facts.sequence_parallel) == sizes
+        tp = layer.runner.comm.tp.size
+        assert (tp, facts.moe_tp, facts.moe_ep, facts.sequence_parallel) == sizes
 
 
 # model -> transform, shared experts
@@ -650,7 +651,7 @@ def every_decision() -> Iterator[tuple[LayerFacts, CallFacts]]:
             if sp and (tp == 1 or moe_tp > 1):
                 continue  # there is no such grid
             layer = LayerFacts(
-                tp=tp, moe_tp=moe_tp, moe_ep=moe_ep, sequence_parallel=sp, scale=s, apply_routed_scale_to_output=flag,
+                moe_tp=moe_tp, moe_ep=moe_ep, sequence_parallel=sp, scale=s, apply_routed_scale_to_output=flag,
                 router_scales=able, has_shared_experts=shared, transform=transform, reduce_results=reduce,
             )  # fmt: skip
             for call in calls:
@@ -703,9 +704,11 @@ def test_a_plan_with_two_scalers_is_refused():
 
 @pytest.mark.parametrize(
     ("routed", "shared"), [(Reduced.FINAL, Reduced.EARLY), (Reduced.EARLY, Reduced.FINAL),
-                           (Reduced.BY_KERNEL, Reduced.FINAL), (Reduced.FINAL, Reduced.BY_CALLER)]
+                           (Reduced.BY_KERNEL, Reduced.FINAL), (Reduced.FINAL, Reduced.BY_CALLER),
+                           (Reduced.BY_CALLER, Reduced.EARLY), (Reduced.EARLY, Reduced.BY_CALLER),
+                           (Reduced.BY_KERNEL, Reduced.BY_CALLER), (Reduced.BY_ROWS, Reduced.EARLY)]
 )  # fmt: skip
-def test_a_plan_that_reduces_one_part_twice_is_refused(routed, shared):
+def test_a_plan_that_reduces_one_part_twice_or_never_is_refused(routed, shared):
     with pytest.raises(ValueError, match="one of them would be reduced twice"):
         OutputPlan(
             scaled_by=(), output_unit=1.0, routed_reduced=routed, shared_reduced=shared,

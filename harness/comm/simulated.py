@@ -17,7 +17,7 @@ import greenlet  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
-from harness.case import Grid
+from harness.case import Grid, groups_of
 from harness.comm import Call, Communicator, Entry, Group, modes
 from harness.comm.lockstep import Lockstep
 from harness.errors import UsageError
@@ -227,25 +227,13 @@ def _on_threads(run: _Run) -> None:
 
 @functools.cache
 def _groups(grid: Grid) -> tuple[tuple[tuple[str, tuple[int, ...], int], ...], ...]:
-    """For each rank its groups as (name, global ranks, place among them), numbered as Grid says."""
-    told = []
-    for rank in range(grid.ranks):
-        row, column = divmod(rank, grid.tp)
-        expert, piece = divmod(rank, grid.moe_tp)
-        tp_ranks = tuple(range(row * grid.tp, (row + 1) * grid.tp))
-        ep_ranks = tuple(range(piece, grid.ranks, grid.moe_tp))
-        dp_ranks = tuple(range(column, grid.ranks, grid.tp))
-        told.append((("tp", tp_ranks, column), ("ep", ep_ranks, expert), ("dp", dp_ranks, row)))
-    return tuple(told)
-
-
-def groups_of(grid: Grid) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Name -> the global ranks of each group of that name."""
-    told: dict[str, dict[tuple[int, ...], None]] = {}
-    for groups in _groups(grid):
-        for name, ranks, _ in groups:
-            told.setdefault(name, {})[ranks] = None
-    return {name: tuple(found) for name, found in told.items()}
+    """For each rank its groups as (name, global ranks, place among them), in the order of a Communicator."""
+    groups = groups_of(grid)
+    mine = {(name, rank): ranks for name in ("tp", "ep", "dp") for ranks in groups[name] for rank in ranks}
+    return tuple(
+        tuple((name, mine[name, rank], mine[name, rank].index(rank)) for name in ("tp", "ep", "dp"))
+        for rank in range(grid.ranks)
+    )
 
 
 def _not_running(call: Call, running: int | None) -> str:

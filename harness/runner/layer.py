@@ -96,7 +96,6 @@ class FusedMoE:
             share=spec.output.share,
         )
         facts = LayerFacts(
-            tp=parallel.tp_size,
             moe_tp=parallel.moe_tp_size,
             moe_ep=parallel.ep_size,
             sequence_parallel=parallel.sequence_parallel,

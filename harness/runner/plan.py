@@ -40,14 +40,13 @@ class SharedExpertsOrder(Enum):
 class LayerFacts:
     """What the layer knows when it is built.
 
-    tp, moe_tp, moe_ep: sizes.    sequence_parallel: the tp ranks have different rows.
+    moe_tp, moe_ep: sizes.    sequence_parallel: the tp ranks have different rows.
     scale: s, 1.0 without one.    apply_routed_scale_to_output: the runner is asked to scale, not the router.
     router_scales: the router is able to fold s into its weights.    transform: the routed output transform: "none",
     "commutative" with a sum over ranks (linear, no bias) or "ordered" (it must see the complete R).
     reduce_results: False asks for the partial sum, to be reduced by the caller.
     """
 
-    tp: int
     moe_tp: int
     moe_ep: int
     sequence_parallel: bool
@@ -103,9 +102,12 @@ class OutputPlan:
             raise ValueError(f"scaled_by={self.scaled_by}: at most one actor may multiply by the routed scaling factor")
         if (self.shared_reduced is None) != (self.shared_order is SharedExpertsOrder.NONE):
             raise ValueError(f"shared_reduced={self.shared_reduced} contradicts shared_order={self.shared_order}")
-        both_final = (self.routed_reduced is Reduced.FINAL, self.shared_reduced is Reduced.FINAL)
-        if self.shared_reduced is not None and both_final[0] != both_final[1]:
-            raise ValueError("the final all-reduce takes both parts or none: one of them would be reduced twice")
+        apart = self.routed_reduced in (Reduced.BY_KERNEL, Reduced.EARLY) and self.shared_reduced is Reduced.EARLY
+        if self.shared_reduced not in (None, self.routed_reduced) and not apart:
+            raise ValueError(
+                f"R is reduced {self.routed_reduced.name}, S {self.shared_reduced.name}: one of them would be reduced twice "
+                "or never. Both the same way, or S EARLY beside an R that is complete before the sum"
+            )
 
     @property
     def final_all_reduce(self) -> bool:

@@ -132,6 +132,7 @@ class Block:
     def __init__(self, case: Case, layer: FusedMoE | TwoBranches, comm: Communicator) -> None:
         self._case, self._layer, self._comm = case, layer, comm
         self._plan: OutputPlan | None = None
+        self._announced: list[tuple[str, str]] = []
 
     @property
     def plan(self) -> OutputPlan:
@@ -160,12 +161,11 @@ class Block:
 
     @property
     def announced(self) -> list[tuple[str, str]]:
-        """Every collective that the calls made must have shown in the ledger, in order."""
+        """Every collective that the calls so far must have shown in the ledger, in order."""
         return self._announced
 
     def __call__(self, hidden_states: Tensor, **inputs: Tensor) -> Tensor:
         case, layer = self._case, self._layer
-        self._announced: list[tuple[str, str]] = []
         if isinstance(layer, FusedMoE):
             if case.swap != "none":
                 layer.swap_kernel(_kernel(case.swap))
