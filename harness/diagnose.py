@@ -7,19 +7,16 @@ must have chosen. A simpler explanation comes before a finer one. What nothing e
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from harness.algebra import (
     RESIDUAL_LIMIT,
     Evidence,
     Reading,
-    fit_symbol,
     formula,
     is_lawful,
     law,
@@ -28,20 +25,17 @@ from harness.algebra import (
     read_shares,
     read_whole,
     read_with_input,
-    symbol_values,
 )  # fmt: skip
 from harness.causes import Cause, find_causes, sizes_in, uneven_causes, uneven_shares, unexplained
 from harness.layout import Layout
 from harness.mixtures import mixture_story
 from harness.one_rank import one_rank_story, piece_story
-from harness.parts import LETTERS, expert_parts
+from harness.parts import LETTERS
 from harness.problem import Problem
-from harness.recover import Recovered, Story, numbers_text, recover, recoverable, routing_story, rows_story, suspects
-from harness.variants import Variant, variants
-from reference.spec import SpecError
-
-# Choices nearer than this to a tie may fall either way in the dtype, so those rows convict no variant.
-_TIE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+from harness.recover import Story, numbers_text, recover, rows_story
+from harness.unknown import unknown_story, zero_ranks
+from harness.visits import expert_story, visits_story
+from harness.wrong_law import wrong_law_story
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +62,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     if halves is not None:
         return halves
     recovered = recover(evidence)
-    recent = _variant_cause(evidence, recovered, recent=True)
+    recent = _placed(wrong_law_story(evidence, recovered, recent=True))
     if recent is not None:
         return recent
     shares = whole or _each(evidence, lambda e, rank: read_whole(e, rank) or read_shares(e, rank))
@@ -83,7 +77,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     )
     if placed is not None:
         return placed
-    by_law = _variant_cause(evidence, recovered, recent=False)
+    by_law = _placed(wrong_law_story(evidence, recovered, recent=False))
     if by_law is not None:
         return by_law
     if shares is not None:
@@ -91,10 +85,10 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     return (
         _placed(one_rank_story(evidence))
         or _placed(piece_story(evidence))
-        or _expert_cause(evidence)
-        or _router_cause(evidence, recovered)
+        or _placed(expert_story(evidence))
+        or _placed(visits_story(evidence, recovered))
         or _some_rows_cause(evidence, symbolic=False)
-        or _unknown(evidence)
+        or _told(unknown_story(evidence))
     )
 
 
@@ -129,7 +123,7 @@ def _plain_cause(evidence: Evidence) -> Diagnosis | None:
             f"on {evidence.layout.where(bad)}; {why}",
             "G5" if kind == "NaN" else "D12", stage,
         )  # fmt: skip
-    zero = _zero_ranks(evidence)
+    zero = zero_ranks(evidence)
     if len(zero) == sum(map(bool, map(len, held))):
         return Diagnosis(
             "y = 0 on every rank: nothing was computed or nothing was written",
@@ -147,12 +141,6 @@ def _plain_cause(evidence: Evidence) -> Diagnosis | None:
                     "P1",
                 )
     return None
-
-
-def _zero_ranks(evidence: Evidence) -> list[int]:
-    """The ranks that return nothing but zeros, and should not."""
-    held = zip(evidence.outputs, evidence.held_RM, strict=True)
-    return [r for r, (y, rows) in enumerate(held) if not bool(y[rows].any()) and bool(evidence.wrong_RM[r].any())]
 
 
 def _first_extreme_stage(evidence: Evidence, row: int) -> tuple[str, str]:
@@ -175,7 +163,7 @@ def _algebra_sentence(evidence: Evidence, readings: Mapping[int, Reading], rows_
     lawful = lawful_reading(given)
     off = [rank for rank, reading in readings.items() if not is_lawful(reading, lawful)]
     if not off:
-        return _unknown(evidence)
+        return _told(unknown_story(evidence))
     first = readings[off[0]]
     alike = [rank for rank in off if readings[rank] == first]
     everywhere = len(alike) == len(readings)
@@ -309,204 +297,8 @@ def _some_columns_cause(evidence: Evidence) -> Diagnosis | None:
 
 
 def _placed(story: Story | None) -> Diagnosis | None:
-    return None if story is None else Diagnosis(story.sentence, story.family, story.stage)
+    return None if story is None else _told(story)
 
 
-# Variants that alone explained an earlier mismatch: one fault shows in many cases, and trying all laws is dear.
-_recent: list[tuple[str, str]] = []
-
-
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    """How well a variant explains an output. left: its residual in units of the naive runs' error, over the wrong rows."""
-
-    variant: Variant
-    left: float
-    ranks: tuple[int, ...]
-
-
-def _variant_cause(evidence: Evidence, recovered: Recovered | None, *, recent: bool) -> Diagnosis | None:
-    """The wrong law that explains the output, among those that explained an earlier one, or among the others.
-
-    Several laws may explain it, in a short dtype or with one token: then all that explain it about as well are told.
-    """
-    picks_MK = None if recovered is None else recovered.picks_MK
-    told_by_router = recoverable(evidence.given)
-    fits: list[_Fit] = []
-    for variant in variants(evidence.given, picks_MK, evidence.layout.grid.moe_tp):
-        if recent and (variant.family, variant.sentence) not in _recent:
-            continue
-        if told_by_router and (recovered is None) is variant.routes:
-            continue  # experts and S are right if the output is a sum of the lawful experts' outputs, else the router may be
-        fit = _explained_by(evidence, variant)
-        if fit is not None:
-            fits.append(fit)
-    if not fits:
-        return None
-    fits.sort(key=lambda fit: fit.left)
-    contenders = [fit for fit in fits if fit.left <= 2 * max(fits[0].left, 0.7)]
-    sentences = list(dict.fromkeys(fit.variant.sentence for fit in contenders))
-    best = fits[0]
-    everywhere = len(best.ranks) == int(evidence.held_RM.any(1).sum())
-    where = "" if everywhere else f" on {evidence.layout.where(best.ranks)}"
-    if len(sentences) == 1:
-        key = (best.variant.family, best.variant.sentence)
-        if key not in _recent:
-            _recent.append(key)
-        return Diagnosis(best.variant.sentence + where, best.variant.family, best.variant.stage)
-    if recent:
-        return None
-    families, stages = ({getattr(fit.variant, name) for fit in contenders} for name in ("family", "stage"))
-    more = f", or {len(sentences) - 3} more" if len(sentences) > 3 else ""
-    return Diagnosis(
-        f"these tokens fit more than one cause{where}: {'; or '.join(sentences[:3])}{more}",
-        families.pop() if len(families) == 1 else None,
-        stages.pop() if len(stages) == 1 else "output",
-    )
-
-
-# A variant has to leave no more than this many times the naive runs' error (right ones left 1.6 at most in 264 planted
-# faults, and those that fitted by accident 2 and more), and a third of what the law leaves.
-_LEFT = 1.75
-_BETTER = 3.0
-
-
-def _explained_by(evidence: Evidence, variant: Variant) -> _Fit | None:
-    """How a variant explains the wrong rows of all ranks, near ties aside; None if it does not."""
-    given = evidence.given
-    try:
-        stages = variant.compute()
-    except SpecError:
-        return None  # this layer cannot get that rule wrong
-    naive_M = evidence.naive_M
-    growth_M = (stages.output_MH.norm(dim=-1) / given.stages.output_MH.norm(dim=-1).clamp(min=1e-30)).clamp(min=1.0)
-    unit_M = growth_M * (naive_M + naive_M.mean()) / 2
-    decided_M = evidence.decided_M
-    if variant.routes:
-        decided_M = torch.minimum(stages.margin_M, given.stages.margin_M) > _TIE[given.dtype]
-    ranks, left, lawful = [], [], []
-    for rank, output in enumerate(evidence.outputs):
-        wrong_M = evidence.wrong_RM[rank]
-        if not bool(wrong_M.any()):
-            continue
-        judged_M = decided_M & evidence.held_RM[rank] if bool((wrong_M & decided_M).any()) else wrong_M
-        left_M = (output - stages.output_MH).norm(dim=-1) / unit_M
-        if not bool((left_M <= 2 * RESIDUAL_LIMIT)[judged_M].all()):
-            return None
-        if float((left_M <= RESIDUAL_LIMIT)[wrong_M].double().mean()) < 0.5:
-            return None  # near ties may fall either way, but not most rows
-        ranks.append(rank)
-        left.append(left_M[judged_M])
-        lawful.append(((output - given.stages.output_MH).norm(dim=-1) / unit_M)[judged_M])
-    left_over, law_over = (float(torch.cat(rows).square().mean().sqrt()) for rows in (left, lawful))
-    return _Fit(variant, left_over, tuple(ranks)) if left_over <= _LEFT and _BETTER * left_over <= law_over else None
-
-
-def _expert_cause(evidence: Evidence) -> Diagnosis | None:
-    """Experts that count more or less often than their router weight says."""
-    given = evidence.given
-    routing = given.spec.routing
-    if given.spec.vision is not None or routing.num_experts > 64 or routing.weight_on == "input":
-        return None
-    alone = [value for value in enumerate(expert_parts(given)) if bool(value[1].any())]
-    rest = given.stages.output_MH / given.spec.output.share - given.spec.scale * given.stages.routed_MH
-    matrix = torch.stack([value.flatten() for _, value in alone], 1)
-    if not alone or matrix.shape[0] < 2 * matrix.shape[1]:
-        return None
-    naive_M = evidence.naive_M / given.spec.output.share
-    names = symbol_values(given.spec.scale, {})  # an expert is spread over all ranks: tp is no factor of one
-    visits_E = given.stages.topk_ids_MK.flatten().bincount(minlength=routing.num_logits).tolist()
-    told = []
-    for output in evidence.outputs:
-        target = output / given.spec.output.share - rest
-        solved = torch.linalg.lstsq(matrix, target.flatten()[:, None], driver="gelsd").solution[:, 0]
-        residual_M = (target - (matrix @ solved).view_as(target)).norm(dim=-1)
-        if not bool((residual_M <= RESIDUAL_LIMIT * (naive_M + naive_M.mean())).all()):
-            return None
-        noise = float(naive_M.norm()) / math.sqrt(target.numel())
-        spread = torch.linalg.pinv(matrix.T @ matrix).diagonal().clamp(min=0).sqrt() * noise
-        for (e, _), value, deviation in zip(alone, solved.tolist(), spread.tolist(), strict=True):
-            symbol = fit_symbol(value, deviation, names, given.dtype)
-            if symbol != ("s" if given.spec.scale != 1.0 else "1") and (e, symbol) not in told:
-                told.append((e, symbol))
-    if not told or 2 * len({e for e, _ in told}) > len(alone):
-        return None  # most experts are off: the fault is not theirs
-    if any(symbol not in names and visits_E[e] < 2 for e, symbol in told):
-        return None  # with one visit, an expert's factor and a router weight are the same number
-    experts = ", ".join(f"expert {e} counted {symbol}" for e, symbol in told)
-    return Diagnosis(
-        f"{experts} (expected {'s' if given.spec.scale != 1.0 else '1'}), all others right", "F7", "routed"
-    )
-
-
-def _router_cause(evidence: Evidence, recovered: Recovered | None) -> Diagnosis | None:
-    """The output is a lawful sum of experts, but not of the experts, or with the weights, that the router has to choose."""
-    if recovered is None:
-        return None
-    story = _placed(routing_story(evidence, recovered))
-    if story is not None:
-        return story
-    stages = evidence.given.stages
-    wrong_M = evidence.wrong_RM[recovered.rank]
-    row = int(wrong_M.nonzero()[0, 0])
-    lawful_ME = torch.zeros_like(recovered.weights_ME).scatter(1, stages.topk_ids_MK, stages.topk_weights_MK)
-    other_sets = (recovered.picks_MK.sort(-1).values != stages.topk_ids_MK.sort(-1).values).any(-1) & wrong_M
-    if bool(other_sets.any()):
-        row = int(other_sets.nonzero()[0, 0])
-    told, lawful = (
-        _visits(recovered.weights_ME[row], recovered.picks_MK[row]),
-        _visits(lawful_ME[row], stages.topk_ids_MK[row]),
-    )
-    what = (
-        f"{int(other_sets.sum())} of {len(wrong_M)} tokens visit other experts than the law's"
-        if bool(other_sets.any())
-        else "the right experts have wrong weights"
-    )
-    return Diagnosis(
-        f"{what}, by no rule that is known here; token {row} visits {told}, the law says {lawful}", None,
-        "topk_ids" if bool(other_sets.any()) else "topk_weights",
-    )  # fmt: skip
-
-
-def _visits(weights_E: Tensor, ids_K: Tensor) -> str:
-    """'3: 0.41, 7: 0.59', by expert."""
-    return ", ".join(f"{e}: {float(weights_E[e]):.3g}" for e in sorted(ids_K.tolist()))
-
-
-def _unknown(evidence: Evidence) -> Diagnosis:
-    given = evidence.given
-    errors = torch.stack([(output - given.stages.output_MH).norm(dim=-1) for output in evidence.outputs])
-    rank, row = divmod(int(errors.argmax()), errors.shape[1])
-    relative = float(errors[rank, row] / given.stages.output_MH[row].norm().clamp(min=1e-30))
-    wrong = int(evidence.wrong_RM.any(0).sum())
-    return Diagnosis(
-        f"unknown: neither a sum of the parts nor a known wrong rule explains it; {wrong} of {errors.shape[1]} rows wrong, "
-        f"worst token {row} on rank {rank}, off by {relative:.3g} of its length{_whereabouts(evidence, relative)}", None,
-    )  # fmt: skip
-
-
-def _whereabouts(evidence: Evidence, relative: float) -> str:
-    """What the wrong places have in common, for an error without a name: tokens, columns, experts, ranks."""
-    given, wrong_RM = evidence.given, evidence.wrong_RM
-    wrong_M, clues = wrong_RM.any(0), []
-    if not bool(wrong_M.all()):
-        clues.append(f"only tokens {numbers_text(wrong_M.nonzero()[:, 0].tolist())}")
-    error_MH = torch.stack([(output - given.stages.output_MH).abs() for output in evidence.outputs]).amax(0)[wrong_M]
-    naive_M = evidence.naive_M[wrong_M]
-    wrong_H = (error_MH > 6 * naive_M[:, None] / math.sqrt(error_MH.shape[1])).any(0)
-    columns = wrong_H.nonzero()[:, 0].tolist()
-    if columns and len(columns) <= 3 * len(wrong_H) // 4:
-        clues.append(f"only columns {numbers_text(columns)} of {len(wrong_H)}")
-    visited = suspects(given.stages.topk_ids_MK, wrong_M)
-    if visited:
-        clues.append(f"exactly the tokens that visit expert {' or '.join(map(str, visited))}")
-    if zero := _zero_ranks(evidence):
-        clues.append(f"y = 0 on {evidence.layout.where(zero)}")
-    right = [r for r, wrong in enumerate(wrong_RM) if not bool(wrong.any()) and bool(evidence.held_RM[r].any())]
-    if given.dtype is torch.float32 and bool(wrong_M.all()) and 2**-12 < relative < 2**-6:
-        clues.append("as little as a rounding to bf16 or fp16 somewhere would do")
-    if right:
-        clues.append(f"{evidence.layout.where(right)} right")
-    elif len(evidence.outputs) > 1:
-        clues.append("all ranks alike" if evidence.ranks_agree else "the ranks differ")
-    return f" ({'; '.join(clues)})" if clues else ""
+def _told(story: Story) -> Diagnosis:
+    return Diagnosis(story.sentence, story.family, story.stage)

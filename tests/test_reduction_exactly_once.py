@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from harness import models
 from harness.case import Case, Grid, parse_grid
+from harness.check import check
 from harness.execution import run_system
+from harness.finding import Verdict
 from harness.problem import problem
 from harness.systems.legacy import LegacySystem
 from harness.systems.runner import RunnerSystem
@@ -54,6 +56,14 @@ def test_ranks_with_the_same_tokens_return_the_same_bits_and_so_does_a_second_ru
         assert torch.equal(out.output, twice.output), (str(case), rank)
         made = [(entry.op, entry.group) for entry in run.ledger[rank]]
         assert made == out.layer.announced, (str(case), rank)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@SHARE
+@given(data=st.data())
+def test_whatever_is_drawn_is_right_by_the_rule_that_judges_every_layer(name: str, data: st.DataObject):
+    finding = check(data.draw(cases(name)), RUNNER)
+    assert finding.verdict is Verdict.OK, (finding.case, finding.diagnosis)
 
 
 # every source of these layers, and how many ranks hold a share of it: R and its biases by rank, S by tp rank

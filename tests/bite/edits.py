@@ -78,9 +78,13 @@ EDITS = (
         "if shared_MH is None or plan.shared_reduced is not Reduced.EARLY:", "if shared_MH is None:", "(S x tp)",
     ),
     Edit(
-        "shared left partial", "plan.py",
+        "shared left partial", "moe_runner.py",
+        "        return self.comm.tp.all_reduce(shared_MH)\n", "        return shared_MH\n", "left partial",
+    ),
+    Edit(
+        "shared planned to stay partial", "plan.py",
         "return Reduced.EARLY  # the final all-reduce is off", "return Reduced.NOT_NEEDED  # the final all-reduce is off",
-        "left partial",
+        "S NOT_NEEDED: one of them would be reduced twice or never",
     ),
     Edit(
         "early reduce dropped", "plan.py",

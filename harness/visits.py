@@ -1,0 +1,82 @@
+"""Single experts: how often each counts, and whom each token visits, where the router follows no rule that is known."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from harness.algebra import RESIDUAL_LIMIT, Evidence, fit_symbol, symbol_values
+from harness.parts import expert_parts
+from harness.recover import Recovered, Story, routing_story
+
+
+def expert_story(evidence: Evidence) -> Story | None:
+    """Experts that count more or less often than their router weight says."""
+    given = evidence.given
+    routing = given.spec.routing
+    if given.spec.vision is not None or routing.num_experts > 64 or routing.weight_on == "input":
+        return None
+    alone = [value for value in enumerate(expert_parts(given)) if bool(value[1].any())]
+    rest = given.stages.output_MH / given.spec.output.share - given.spec.scale * given.stages.routed_MH
+    matrix = torch.stack([value.flatten() for _, value in alone], 1)
+    if not alone or matrix.shape[0] < 2 * matrix.shape[1]:
+        return None
+    naive_M = evidence.naive_M / given.spec.output.share
+    names = symbol_values(given.spec.scale, {})  # an expert is spread over all ranks: tp is no factor of one
+    visits_E = given.stages.topk_ids_MK.flatten().bincount(minlength=routing.num_logits).tolist()
+    told = []
+    for output in evidence.outputs:
+        target = output / given.spec.output.share - rest
+        solved = torch.linalg.lstsq(matrix, target.flatten()[:, None], driver="gelsd").solution[:, 0]
+        residual_M = (target - (matrix @ solved).view_as(target)).norm(dim=-1)
+        if not bool((residual_M <= RESIDUAL_LIMIT * (naive_M + naive_M.mean())).all()):
+            return None
+        noise = float(naive_M.norm()) / math.sqrt(target.numel())
+        spread = torch.linalg.pinv(matrix.T @ matrix).diagonal().clamp(min=0).sqrt() * noise
+        for (e, _), value, deviation in zip(alone, solved.tolist(), spread.tolist(), strict=True):
+            symbol = fit_symbol(value, deviation, names, given.dtype)
+            if symbol != ("s" if given.spec.scale != 1.0 else "1") and (e, symbol) not in told:
+                told.append((e, symbol))
+    if not told or 2 * len({e for e, _ in told}) > len(alone):
+        return None  # most experts are off: the fault is not theirs
+    if any(symbol not in names and visits_E[e] < 2 for e, symbol in told):
+        return None  # with one visit, an expert's factor and a router weight are the same number
+    experts = ", ".join(f"expert {e} counted {symbol}" for e, symbol in told)
+    expected = "s" if given.spec.scale != 1.0 else "1"
+    return Story("F7", "routed", f"{experts} (expected {expected}), all others right")
+
+
+def visits_story(evidence: Evidence, recovered: Recovered | None) -> Story | None:
+    """The output is a lawful sum of experts, but not of the experts, or with the weights, that the router has to choose."""
+    if recovered is None:
+        return None
+    story = routing_story(evidence, recovered)
+    if story is not None:
+        return story
+    stages = evidence.given.stages
+    wrong_M = evidence.wrong_RM[recovered.rank]
+    row = int(wrong_M.nonzero()[0, 0])
+    lawful_ME = torch.zeros_like(recovered.weights_ME).scatter(1, stages.topk_ids_MK, stages.topk_weights_MK)
+    other_sets = (recovered.picks_MK.sort(-1).values != stages.topk_ids_MK.sort(-1).values).any(-1) & wrong_M
+    if bool(other_sets.any()):
+        row = int(other_sets.nonzero()[0, 0])
+    told, lawful = (
+        _visits(recovered.weights_ME[row], recovered.picks_MK[row]),
+        _visits(lawful_ME[row], stages.topk_ids_MK[row]),
+    )
+    what = (
+        f"{int(other_sets.sum())} of {len(wrong_M)} tokens visit other experts than the law's"
+        if bool(other_sets.any())
+        else "the right experts have wrong weights"
+    )
+    stage = "topk_ids" if bool(other_sets.any()) else "topk_weights"
+    return Story(
+        None, stage, f"{what}, by no rule that is known here; token {row} visits {told}, the law says {lawful}"
+    )
+
+
+def _visits(weights_E: Tensor, ids_K: Tensor) -> str:
+    """'3: 0.41, 7: 0.59', by expert."""
+    return ", ".join(f"{e}: {float(weights_E[e]):.3g}" for e in sorted(ids_K.tolist()))
