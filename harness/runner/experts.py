@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from harness.runner.precision import wide
 from harness.runner.router import FusedMoERouter
 from reference.spec import Activation, Experts
 
@@ -96,10 +97,10 @@ def _gate_up_rows(stored: Tensor, experts: Experts, start: int, count: int) -> T
 
 def activate(h: Tensor, rule: Activation) -> Tensor:
     """[*, n] -> [*, i] in the dtype of h, computed in fp32."""
-    wide = h.float()
+    wide_h = wide(h)
     if not rule.gated:
-        return _act(wide, rule).to(h.dtype)
-    gate, up = wide.chunk(2, -1)
+        return _act(wide_h, rule).to(h.dtype)
+    gate, up = wide_h.chunk(2, -1)
     if rule.clamp == "before":
         gate, up = gate.clamp(max=rule.limit), up.clamp(-_limit(rule), rule.limit)
     gate = _act(gate, rule)
@@ -157,9 +158,8 @@ class TorchExperts:
     def __init__(self, weights: ExpertWeights) -> None:
         self.weights = weights
         self.width = weights.w13_EnP.shape[2]
-        wide = weights.w13_EnP.float()
-        self._w13_Pm = wide.flatten(0, 1).T  # m = E * n: one product for all experts
-        self._w2_EiP = weights.w2_EPi.float().transpose(1, 2)
+        self._w13_Pm = wide(weights.w13_EnP).flatten(0, 1).T  # m = E * n: one product for all experts
+        self._w2_EiP = wide(weights.w2_EPi).transpose(1, 2)
 
     def apply(self, x_NP: Tensor, weights_NK: Tensor, local_NK: Tensor) -> Tensor:
         """[N, P]: each row's sum over its local experts, 0 for a row without one."""
@@ -173,22 +173,22 @@ class TorchExperts:
         if rows == 0 or self._w2_EiP.shape[0] == 0:
             return torch.zeros_like(x_NP)
         y_NKP = self._slots(x_NP, local_NK) * weights_NK[:, :, None]
-        if dtype is not torch.float32:
-            y_NKP = y_NKP.to(dtype).float()
+        if dtype in (torch.bfloat16, torch.float16):
+            y_NKP = wide(y_NKP.to(dtype))
         return y_NKP.sum(1).to(dtype)
 
     def _slots(self, x_NP: Tensor, local_NK: Tensor) -> Tensor:
         """fp32 [N, K, P], not weighted, 0 for the id -1."""
         experts, rows = self.weights, x_NP.shape[0]
-        h_NEn = (x_NP.float() @ self._w13_Pm).view(rows, *experts.w13_EnP.shape[:2])
+        h_NEn = (wide(x_NP) @ self._w13_Pm).view(rows, *experts.w13_EnP.shape[:2])
         if experts.b13_En is not None:
-            h_NEn = h_NEn + experts.b13_En.float()
+            h_NEn = h_NEn + wide(experts.b13_En)
         a_NEi = activate(h_NEn.to(x_NP.dtype), experts.activation)
         count, _, width = self._w2_EiP.shape
         y_eNP = self._w2_EiP.new_zeros(count + 1, rows, width)  # the id -1 reads the last row, which stays 0
-        y_ENP = torch.bmm(a_NEi.float().transpose(0, 1), self._w2_EiP, out=y_eNP[:count])
+        y_ENP = torch.bmm(wide(a_NEi).transpose(0, 1), self._w2_EiP, out=y_eNP[:count])
         if experts.b2_EP is not None:
-            y_ENP += experts.b2_EP.float()[:, None, :]
+            y_ENP += wide(experts.b2_EP)[:, None, :]
         return y_eNP[local_NK, _column(rows)]
 
 
@@ -213,17 +213,17 @@ class BatchedExperts:
     def __init__(self, weights: ExpertWeights) -> None:
         self.weights = weights
         self.width = weights.w13_EnP.shape[2]
-        self._w13_EPn = weights.w13_EnP.float().transpose(1, 2)
-        self._w2_EiP = weights.w2_EPi.float().transpose(1, 2)
+        self._w13_EPn = wide(weights.w13_EnP).transpose(1, 2)
+        self._w2_EiP = wide(weights.w2_EPi).transpose(1, 2)
 
     def apply(self, x_EBP: Tensor) -> Tensor:
         experts, dtype = self.weights, x_EBP.dtype
-        h_EBn = torch.bmm(x_EBP.float(), self._w13_EPn)
+        h_EBn = torch.bmm(wide(x_EBP), self._w13_EPn)
         if experts.b13_En is not None:
-            h_EBn = h_EBn + experts.b13_En.float()[:, None]
-        y_EBP = torch.bmm(activate(h_EBn.to(dtype), experts.activation).float(), self._w2_EiP)
+            h_EBn = h_EBn + wide(experts.b13_En)[:, None]
+        y_EBP = torch.bmm(wide(activate(h_EBn.to(dtype), experts.activation)), self._w2_EiP)
         if experts.b2_EP is not None:
-            y_EBP = y_EBP + experts.b2_EP.float()[:, None]
+            y_EBP = y_EBP + wide(experts.b2_EP)[:, None]
         return y_EBP.to(dtype)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from harness.runner.precision import wide
 from reference.spec import Routing
 
 
@@ -39,12 +40,12 @@ class Gate:
 
     def __call__(self, x_MH: Tensor) -> Tensor:
         if self.norm_epsilon is not None and self.scale_H is not None:
-            wide_MH = x_MH.float()
+            wide_MH = wide(x_MH)
             wide_MH = wide_MH * torch.rsqrt(wide_MH.square().mean(-1, keepdim=True) + self.norm_epsilon)
-            x_MH = (wide_MH * self.scale_H.float() * x_MH.shape[-1] ** -0.5).to(x_MH.dtype)
+            x_MH = (wide_MH * wide(self.scale_H) * x_MH.shape[-1] ** -0.5).to(x_MH.dtype)
         if self.logits_in_fp32:
-            bias_E = None if self.bias_E is None else self.bias_E.float()
-            return functional.linear(x_MH.float(), self.weight_EH.float(), bias_E)
+            bias_E = None if self.bias_E is None else wide(self.bias_E)
+            return functional.linear(wide(x_MH), wide(self.weight_EH), bias_E)
         return functional.linear(x_MH, self.weight_EH, self.bias_E)
 
 
@@ -111,10 +112,10 @@ class CustomRoutingRouter:
     scales: ClassVar[bool] = False
 
     def select_experts(self, router_logits_ME: Tensor) -> tuple[Tensor, Tensor]:
-        weights_MK, ids_MK = self.function(router_logits_ME.float(), self.routing)
+        weights_MK, ids_MK = self.function(wide(router_logits_ME), self.routing)
         weights_MK = _renormalize(weights_MK, self.routing)
         if self.per_expert_scale_E is not None:
-            weights_MK = weights_MK * self.per_expert_scale_E.float()[ids_MK]
+            weights_MK = weights_MK * wide(self.per_expert_scale_E)[ids_MK]
         return weights_MK, ids_MK
 
 
@@ -132,7 +133,7 @@ class ZeroExpertRouter:
     def split(self, x_MH: Tensor, weights_MK: Tensor, ids_MK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Z [M, H] in fp32, and weights and ids for the kernel: a zero expert becomes id -1, which no kernel runs."""
         zero_MK = ids_MK >= self.num_experts
-        zero_MH = (weights_MK * zero_MK).sum(-1, keepdim=True) * x_MH.float()
+        zero_MH = (weights_MK * zero_MK).sum(-1, keepdim=True) * wide(x_MH)
         return zero_MH, weights_MK.masked_fill(zero_MK, 0.0), ids_MK.masked_fill(zero_MK, -1)
 
 
@@ -227,7 +228,7 @@ def _sparsemixer(logits_ME: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
 
 
 def _scores(logits: Tensor, routing: Routing) -> Tensor:
-    logits = logits.float()
+    logits = wide(logits)
     if routing.scoring_func == "softmax":
         return logits.softmax(-1)
     if routing.scoring_func == "sigmoid":

@@ -11,6 +11,7 @@ from torch.nn import functional
 from harness.comm import Communicator
 from harness.runner.experts import activate
 from harness.runner.plan import SharedExpertsOrder
+from harness.runner.precision import wide
 from reference.spec import Shared
 
 
@@ -28,21 +29,21 @@ class SharedMLP:
             )
 
         self._activation = shared.activation
-        self._w13 = rows(weights["shared_w13"]).float()
-        self._w2 = weights["shared_w2"][:, start : start + share].float()
-        self._b13 = rows(weights["shared_b13"]).float() if shared.bias else None
+        self._w13 = wide(rows(weights["shared_w13"]))
+        self._w2 = wide(weights["shared_w2"][:, start : start + share])
+        self._b13 = wide(rows(weights["shared_b13"])) if shared.bias else None
         # every rank's copy of the bias would be added once per rank
-        self._b2 = weights["shared_b2"].float() if shared.bias and rank == 0 else None
-        self._gate = weights["shared_gate"].float() if shared.sigmoid_gate else None
+        self._b2 = wide(weights["shared_b2"]) if shared.bias and rank == 0 else None
+        self._gate = wide(weights["shared_gate"]) if shared.sigmoid_gate else None
 
     def __call__(self, x_MH: Tensor) -> Tensor:
         dtype = x_MH.dtype
-        wide_MH = x_MH.float()
+        wide_MH = wide(x_MH)
         h = functional.linear(wide_MH, self._w13, self._b13).to(dtype)
-        y_MH = functional.linear(activate(h, self._activation).float(), self._w2, self._b2).to(dtype)
+        y_MH = functional.linear(wide(activate(h, self._activation)), self._w2, self._b2).to(dtype)
         if self._gate is None:
             return y_MH
-        return (torch.sigmoid(functional.linear(wide_MH, self._gate)) * y_MH.float()).to(dtype)
+        return (torch.sigmoid(functional.linear(wide_MH, self._gate)) * wide(y_MH)).to(dtype)
 
 
 class SharedExperts:

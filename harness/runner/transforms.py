@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
+from harness.runner.precision import wide
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LatentProjection:
@@ -21,5 +23,5 @@ class LatentProjection:
 
     def __call__(self, x: Tensor, unit: float = 1.0) -> Tensor:
         """unit: of x; the bias is added in the same one, so that a result in units of s stays one."""
-        bias = None if self.bias is None else self.bias.float() * unit
-        return functional.linear(x.float(), self.weight.float(), bias).to(x.dtype)
+        bias = None if self.bias is None else wide(self.bias) * unit
+        return functional.linear(wide(x), wide(self.weight), bias).to(x.dtype)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from harness.runner.precision import wide
+
 
 class Batch(NamedTuple):
     """Where the slots of N tokens lie in rows sorted by expert: slot j is row at_j of expert e_j, for token n_j.
@@ -48,7 +50,7 @@ class TopKWeightAndReduceContiguous:
 
     def apply(self, y_NKP: Tensor, weights_NK: Tensor, batch: Batch | None) -> Tensor:
         dtype = y_NKP.dtype
-        return (y_NKP.float() * weights_NK[:, :, None]).to(dtype).float().sum(1).to(dtype)
+        return wide((wide(y_NKP) * weights_NK[:, :, None]).to(dtype)).sum(1).to(dtype)
 
 
 class TopKWeightAndReduceNaiveBatched:
@@ -57,9 +59,9 @@ class TopKWeightAndReduceNaiveBatched:
     def apply(self, y_EBP: Tensor, weights_NK: Tensor, batch: Batch | None) -> Tensor:
         assert batch is not None  # rows sorted by expert come with the way back
         dtype = y_EBP.dtype
-        y_JP = y_EBP[batch.e_J, batch.at_J].float() * weights_NK[batch.n_J, batch.k_J][:, None]
+        y_JP = wide(y_EBP[batch.e_J, batch.at_J]) * weights_NK[batch.n_J, batch.k_J][:, None]
         y_NP = y_JP.new_zeros(batch.rows, y_EBP.shape[2])
-        return y_NP.index_add_(0, batch.n_J, y_JP.to(dtype).float()).to(dtype)
+        return y_NP.index_add_(0, batch.n_J, wide(y_JP.to(dtype))).to(dtype)
 
 
 class TopKWeightAndReduceDelegate:

@@ -102,7 +102,7 @@ EDITS = (
     ),
     Edit(
         "gate and up exchanged", "experts.py",
-        "gate, up = wide.chunk(2, -1)", "up, gate = wide.chunk(2, -1)", "gate and up are exchanged",
+        "gate, up = wide_h.chunk(2, -1)", "up, gate = wide_h.chunk(2, -1)", "gate and up are exchanged",
     ),
     Edit(
         "second bias on every rank", "experts.py",
@@ -203,11 +203,11 @@ EDITS = (
     ),
     Edit(
         "combine weighs twice", "prepare_finalize/all_to_all.py",
-        "sent.float() * weights_J[:, None]", "sent.float() * weights_J[:, None] ** 2", "applied twice (squared)", _through("deepep_ll"),
+        "wide(sent) * weights_J[:, None]", "wide(sent) * weights_J[:, None] ** 2", "applied twice (squared)", _through("deepep_ll"),
     ),
     Edit(
         "combine weighs never", "prepare_finalize/all_to_all.py",
-        "sent.float() * weights_J[:, None]", "sent.float()", "the router weights are not used", _through("deepep_ll"),
+        "wide(sent) * weights_J[:, None]", "wide(sent)", "the router weights are not used", _through("deepep_ll"),
     ),
     Edit(
         "combine weighs in another order", "prepare_finalize/all_to_all.py",
@@ -255,7 +255,7 @@ EDITS = (
     ),
     Edit(
         "slots added without their weights", "weight_and_reduce.py",
-        "(y_NKP.float() * weights_NK[:, :, None]).to(dtype)", "y_NKP", "the router weights are not used", _with("experts=slots"),
+        "(wide(y_NKP) * weights_NK[:, :, None]).to(dtype)", "y_NKP", "the router weights are not used", _with("experts=slots"),
     ),
     Edit(
         "batch rows of another slot's weight", "weight_and_reduce.py",

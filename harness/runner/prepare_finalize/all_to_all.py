@@ -16,6 +16,7 @@ from torch import Tensor
 
 from harness.comm import Group
 from harness.runner.placement import Placement
+from harness.runner.precision import wide
 from harness.runner.prepare_finalize import Announced, Prepared
 from harness.runner.weight_and_reduce import (
     TopKWeightAndReduce,
@@ -114,7 +115,7 @@ class DeepEPLLPrepareAndFinalize(_AllToAll):
 
     def receive(self, sent: Tensor, prepared: Prepared) -> Tensor:
         _, row_J, rows, weights_J = prepared.home
-        return _add_rows(sent.float() * weights_J[:, None], row_J, rows, sent.dtype)
+        return _add_rows(wide(sent) * weights_J[:, None], row_J, rows, sent.dtype)
 
 
 class NVLinkTwoSidedPrepareAndFinalize(_AllToAll):
@@ -168,5 +169,6 @@ class NVLinkOneSidedPrepareAndFinalize(_AllToAll):
 
 def _add_rows(rows_DP: Tensor, row_D: Tensor, rows: int, dtype: torch.dtype | None = None) -> Tensor:
     """[rows, P]: the sum, in fp32 and in order, of what belongs to each row; 0 for a row without any."""
-    total = torch.zeros(rows, rows_DP.shape[1])
-    return total.index_add_(0, row_D, rows_DP.float()).to(dtype or rows_DP.dtype)
+    wide_DP = wide(rows_DP)
+    total = wide_DP.new_zeros(rows, rows_DP.shape[1])
+    return total.index_add_(0, row_D, wide_DP).to(dtype or rows_DP.dtype)
