@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     _check_parser(verbs)
     _models_parser(verbs)
     _explain_parser(verbs)
+    _certify_parser(verbs)
+    _faults_parser(verbs)
     _bench_parser(verbs)
     return parser
 
@@ -101,10 +103,21 @@ def _check_parser(verbs: argparse._SubParsersAction) -> None:  # type: ignore[ty
     check.add_argument(
         "--limit", type=float, default=10.0, help="seconds a single case may take before its layer counts as hung"
     )
+    check.add_argument(
+        "--profile", choices=("main", "nightly"), default="main",
+        help="nightly: right layers at random, from all legal variants of the runner; reports how many were accused",
+    )  # fmt: skip
+    check.add_argument(
+        "--cases", dest="count", type=_count("cases", 10**8), default=None, help="how many, with --profile nightly"
+    )
     check.set_defaults(verb=_check, parser=check)
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    if arguments.profile == "nightly":
+        return _nightly(arguments)
+    if arguments.count is not None:
+        raise UsageError("--cases is how many random layers --profile nightly draws. Type --profile nightly as well")
     from harness import campaign, selection
     from harness.finding import Finding, exit_code
     from harness.report import jsonl, table
@@ -147,6 +160,23 @@ def _check(arguments: argparse.Namespace) -> int:
     return exit_code(finding.verdict for finding in report.findings)
 
 
+def _nightly(arguments: argparse.Namespace) -> int:
+    taken = [name for name in ("system", "grid", "dtype", "tokens", *SIZES, *OPTIONS) if getattr(arguments, name)]
+    if arguments.cases or taken:
+        told = f"--{taken[0]}" if taken else f"the case {arguments.cases[0]}"
+        raise UsageError(
+            f"--profile nightly draws its cases itself: leave out {told}. It takes --cases, --seed, --model, --jobs"
+        )
+    if arguments.seed and len(arguments.seed) > 1:
+        raise UsageError(f"--profile nightly takes one --seed, got {len(arguments.seed)}")
+    from harness.nightly import nightly
+
+    jobs = arguments.jobs if arguments.jobs is not None else os.cpu_count() or 1
+    count = 20_000 if arguments.count is None else arguments.count
+    seed = arguments.seed[0] if arguments.seed else 0
+    return nightly(count, seed=seed, models=_known_models(arguments.model), jobs=jobs, as_json=arguments.json)
+
+
 def _models_parser(verbs: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
     listing = verbs.add_parser(
         "models", help="the configurations: shapes, routing rule, scale, shared experts, sources"
@@ -181,6 +211,56 @@ def _explain(arguments: argparse.Namespace) -> int:
     from harness.explain import explain
 
     return explain(case, arguments.system, sys.stdout)
+
+
+def _certify_parser(verbs: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    certify = verbs.add_parser(
+        "certify", help="the runner's whole space of decisions, exactly, and a certificate of it; or a replay of one"
+    )
+    certify.add_argument("--output", default="certificate.json.gz", metavar="FILE", help="where the certificate goes")
+    certify.add_argument(
+        "--replay", type=_count("replay", 100000), metavar="N", help="run N states of the certificate in FILE again"
+    )
+    certify.add_argument("--seed", type=_count("seed", 2**32), default=0, help="which states a replay draws")
+    certify.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else there")
+    certify.add_argument("--jobs", type=_count("jobs"), default=None, help="worker processes (default: one a core)")
+    certify.set_defaults(verb=_certify, parser=certify)
+
+
+def _certify(arguments: argparse.Namespace) -> int:
+    from harness.certify import certify, replay
+
+    jobs = arguments.jobs if arguments.jobs is not None else os.cpu_count() or 1
+    if arguments.replay is not None:
+        return replay(arguments.output, count=arguments.replay, seed=arguments.seed, as_json=arguments.json)
+    return certify(arguments.output, jobs=jobs, as_json=arguments.json)
+
+
+def _faults_parser(verbs: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    faults = verbs.add_parser(
+        "faults", help="real bugs, planted one by one: found? named? and under whose tolerance do they pass?"
+    )
+    faults.add_argument("names", nargs="*", metavar="FAULT", help="families (A1) or names of faults; all by default")
+    faults.add_argument("--model", type=_words, help="model types, joined by commas; all by default")
+    faults.add_argument("--grid", type=_grids, help="grids, as in tp4,tp2.ep4.dp2; by default those that show faults")
+    faults.add_argument(
+        "--list", action="store_true", help="the bank itself: each fault and each public bug, nothing run"
+    )
+    faults.add_argument("--json", action="store_true", help="JSON lines on stdout, and nothing else there")
+    faults.add_argument("--jobs", type=_count("jobs"), default=None, help="worker processes (default: one a core)")
+    faults.set_defaults(verb=_faults, parser=faults)
+
+
+def _faults(arguments: argparse.Namespace) -> int:
+    models, names = _known_models(arguments.model), tuple(arguments.names)
+    jobs = arguments.jobs if arguments.jobs is not None else os.cpu_count() or 1
+    if arguments.list:
+        from harness.faults.listing import listing
+
+        return listing(names, as_json=arguments.json)
+    from harness.faults.verb import faults
+
+    return faults(names, models=models, grids=arguments.grid, jobs=jobs, as_json=arguments.json)
 
 
 def _bench_parser(verbs: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
@@ -237,10 +317,10 @@ def _numbers(name: str) -> Callable[[str], tuple[int, ...]]:
     return read
 
 
-def _count(name: str) -> Callable[[str], int]:
+def _count(name: str, most: int = 256) -> Callable[[str], int]:
     def read(text: str) -> int:
-        if not text.isdecimal() or int(text) > 256:
-            raise UsageError(f"--{name} {text}: expected a whole number from 0 to 256")
+        if not text.isdecimal() or int(text) > most:
+            raise UsageError(f"--{name} {text}: expected a whole number from 0 to {most}")
         return int(text)
 
     return read

@@ -1,0 +1,1 @@
+"""The runner's whole space of decisions, enumerated and held against the law; the result is a certificate."""
