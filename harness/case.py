@@ -27,6 +27,8 @@ KERNELS = ("partial", "reduced", "deepep_ht", "deepep_ll", "nvlink_one_sided", "
 OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "size": (("twin", "wide", "real"), "which layer of the model's page"),
     "s": (("twin", "real"), "routed_scaling_factor: the twin's own or the checkpoint's"),
+    "quant": (("none", "int8"), "how the routed experts are stored: in the dtype, or as int8 with a float32 scale for each "
+              "output channel"),
     "scale": (("page", "router", "kernel", "output"), "who multiplies by s: the page's placement or another"),
     "kernel": (KERNELS, "how tokens reach their experts and results come home: partial leaves the sum over tp to the runner, "
                "the others return it complete"),
@@ -154,6 +156,7 @@ class Case:
     seed: int = 0
     size: str = "twin"
     s: str = "twin"
+    quant: str = "none"
     scale: str = "page"
     split: tuple[int, ...] | None = None
     kernel: str = "partial"
