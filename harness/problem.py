@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.case import Case, Grid
+from harness.quantised import dequantise, quantise
 from harness.weights import DTYPES, Tokens, make_tokens, make_weights
 from reference.moe import Stages, forward
 from reference.naive import naive
@@ -43,7 +44,8 @@ def ways(spec: MoESpec, grid: Grid) -> Ways:
 class Problem:
     """spec, the weights as stored, the tokens, and the oracle's stages. Nobody may write into them.
 
-    exact: the stored weights upcast to float64, which is what the oracle computes from.
+    exact: the stored weights upcast to float64, which is what the oracle computes from; quantised ones as the numbers that
+    they stand for, under the names of `weight_shapes(spec)`.
     """
 
     spec: MoESpec
@@ -54,6 +56,21 @@ class Problem:
     stages: Stages
     _errors: dict[tuple[Ways, RouterPrecision], Tensor] = field(default_factory=dict)
 
+    @property
+    def is_quantised(self) -> bool:
+        """The routed experts are stored in fewer bits than the dtype has, so a layer rounds them when it unpacks them."""
+        return "w13_scale" in self.weights
+
+    @property
+    def unpacked(self) -> dict[str, Tensor]:
+        """The weights in the dtype of the case; quantised ones are rounded to it once more."""
+        if not self.is_quantised:
+            return self.weights
+        return {
+            name: stored if (stored := self.weights[name]).is_floating_point() else tensor.to(self.dtype)
+            for name, tensor in self.exact.items()
+        }
+
     def naive_error(self, ways: Ways, precision: RouterPrecision) -> Tensor:
         """float64 [M]: the larger row error (L2) of the two naive runs, the unit in which a system's error is read."""
         if (ways, precision) not in self._errors:
@@ -63,14 +80,14 @@ class Problem:
 
 def problem(case: Case) -> Problem:
     """The problem of a case; cases that differ in system, grid or placement share one."""
-    return _problem(case.spec, case.dtype, case.tokens, case.seed)
+    return _problem(case.spec, case.dtype, case.tokens, case.seed, case.quant)
 
 
 # A twin's weights take 0.2 MB a dtype and its stages less: the cases of one model fit, and a matrix goes model by model.
 @functools.lru_cache(maxsize=48)
-def _problem(spec: MoESpec, dtype: str, tokens: int, seed: int) -> Problem:
+def _problem(spec: MoESpec, dtype: str, tokens: int, seed: int, quant: str) -> Problem:
     with torch.inference_mode():
-        weights, exact = _weights(spec, dtype, seed), _exact(spec, dtype, seed)
+        weights, exact = _stored(spec, dtype, seed, quant), _exact(spec, dtype, seed, quant)
         rows = _tokens(spec, dtype, tokens, seed)
         stages = forward(spec, exact, rows.hidden_states, is_vision_M=rows.is_vision)
     return Problem(spec, DTYPES[dtype], weights, exact, rows, stages)
@@ -84,9 +101,15 @@ def _weights(spec: MoESpec, dtype: str, seed: int) -> dict[str, Tensor]:
     return {name: t if name.endswith("e_score_correction_bias") else t.to(DTYPES[dtype]) for name, t in exact.items()}
 
 
+@functools.lru_cache(maxsize=12)
+def _stored(spec: MoESpec, dtype: str, seed: int, quant: str) -> dict[str, Tensor]:
+    weights = _weights(spec, dtype, seed)
+    return quantise(spec, weights, _weights(spec, "fp32", seed)) if quant == "int8" else weights
+
+
 @functools.lru_cache(maxsize=6)
-def _exact(spec: MoESpec, dtype: str, seed: int) -> dict[str, Tensor]:
-    return {name: tensor.double() for name, tensor in _weights(spec, dtype, seed).items()}
+def _exact(spec: MoESpec, dtype: str, seed: int, quant: str) -> dict[str, Tensor]:
+    return dequantise(spec, _stored(spec, dtype, seed, quant))
 
 
 @functools.lru_cache(maxsize=256)
@@ -100,14 +123,14 @@ def _naive_error(given: Problem, ways: Ways, precision: RouterPrecision) -> Tens
         return x_MH.new_zeros(0, dtype=torch.float64)
     with torch.inference_mode():
         runs = naive(
-            given.spec, given.weights, x_MH, given.stages, ways.routed, precision, is_vision_M, shared_tp=ways.shared
+            given.spec, given.unpacked, x_MH, given.stages, ways.routed, precision, is_vision_M, shared_tp=ways.shared
         )
         return (torch.stack(runs).double() - given.stages.output_MH).norm(dim=-1).amax(0)
 
 
 def make_inputs(case: Case) -> None:
     """Make weights and tokens of a case, so that a benchmark can leave them out."""
-    _exact(case.spec, case.dtype, case.seed)
+    _exact(case.spec, case.dtype, case.seed, case.quant)
     _tokens(case.spec, case.dtype, case.tokens, case.seed)
 
 

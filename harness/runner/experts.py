@@ -48,25 +48,36 @@ def shard(
     """Cut the whole weights for one rank: gate and up each into tp pieces, w2 by columns; pad adds zero columns to P.
 
     held: the experts of this rank in the order of its slots, None for all.
+    Matrices with a `w13_scale` [E, N] and `w2_scale` [E, P] beside them, one number for each row of results, become fp32:
+    those of w13 are cut like its rows, those of w2 not at all, since tp cuts what a row sums over.
     Of the ranks that cut an expert among them only the first keeps its b2: every rank's would be added once per rank.
     """
     w13, w2 = weights["w13"], weights["w2"]
     b13, b2 = (weights["b13"], weights["b2"]) if experts.bias else (None, None)
+    scale13, scale2 = weights.get("w13_scale"), weights.get("w2_scale")
     if held is not None:
         ids = _as_index(held)
         w13, w2 = w13[ids], w2[ids]
-        b13, b2 = None if b13 is None else b13[ids], None if b2 is None else b2[ids]
+        b13, b2, scale13, scale2 = (None if t is None else t[ids] for t in (b13, b2, scale13, scale2))
     if experts.transposed:
         w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
     share = experts.intermediate_size // tp
     w13_EnP = _gate_up_rows(w13, experts, rank * share, share)
     w2_EPi = w2[:, :, rank * share : (rank + 1) * share]
+    if scale13 is not None and scale2 is not None:
+        w13_EnP = dequantised(w13_EnP, _gate_up_rows(scale13, experts, rank * share, share))
+        w2_EPi = dequantised(w2_EPi, scale2)
     b13_En = None if b13 is None else _gate_up_rows(b13, experts, rank * share, share)
     b2_EP = b2 if b2 is None or rank == 0 else torch.zeros_like(b2)
     if pad:
         w13_EnP, w2_EPi = functional.pad(w13_EnP, (0, pad)), functional.pad(w2_EPi, (0, 0, 0, pad))
         b2_EP = None if b2_EP is None else functional.pad(b2_EP, (0, pad))
     return ExpertWeights(w13_EnP, w2_EPi, b13_En, b2_EP, experts.activation)
+
+
+def dequantised(stored_Eoi: Tensor, scale_Eo: Tensor) -> Tensor:
+    """The numbers that int8 stands for, each row of o times its scale, rounded once to the dtype of the scales, fp32."""
+    return stored_Eoi.to(scale_Eo.dtype) * scale_Eo[:, :, None]
 
 
 def _as_index(held: Sequence[int]) -> slice | Tensor:

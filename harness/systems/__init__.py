@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 NAMES = ("runner", "legacy", "transformers")
 # Options of a case that only our own runner has a place for; legacy has two more, and the sizes are everybody's.
-RUNNER_OPTIONS = ("scale", "experts", "placement", "shared", "order", "pad", "junk", "batches", "swap", "reduce")
+RUNNER_OPTIONS = (
+    "quant", "scale", "experts", "placement", "shared", "order", "pad", "junk", "batches", "swap", "reduce",
+)  # fmt: skip
 OUR_OPTIONS = (*RUNNER_OPTIONS, "kernel", "backend")
 
 

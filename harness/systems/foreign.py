@@ -1,7 +1,8 @@
 """Anybody's own layer, from a file or a module: path/to/file.py:build, package.module:build, or an installed plugin.
 
 The contract (README, "Bring your own layer"): build(spec, weights, comm) -> forward(hidden_states) -> hidden_states,
-and beside it, if not every case can be built, supports(case) -> None | "reason".
+and beside it, if not every case can be built, supports(case) -> None | "reason"; and quant = ("int8",) if it can load
+experts that are stored so (`w13_scale` and `w2_scale` are then among the weights).
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ class ForeignSystem:
 
     def supports(self, case: Case) -> str | None:
         """What the module's own supports(case) says; None without one. CouldNotRun if it cannot be asked."""
-        if reason := beyond(case, OUR_OPTIONS, "a layer from outside"):
+        known = getattr(self._loaded(), "quant", ()) if case.quant != "none" else ()
+        options = [option for option in OUR_OPTIONS if option != "quant" or case.quant not in known]
+        if reason := beyond(case, options, "a layer from outside"):
             return reason
         supports = getattr(self._loaded(), "supports", None)
         if supports is None:
