@@ -74,7 +74,8 @@ def compare(given: Problem, outputs: Sequence[Tensor], ways: Ways, precision: Ro
     rows = _to_analyse(given, error_RM, naive_M, beyond_RM, tie_M)
     x_MH, is_vision = given.tokens.hidden_states, given.tokens.is_vision
     rounding = analyse(
-        given.spec, given.exact, x_MH, given.stages, ways.routed, precision, is_vision, rows, shared_tp=ways.shared
+        given.spec, given.exact, x_MH, given.stages, ways.routed, precision, is_vision, rows, shared_tp=ways.shared,
+        packed=given.is_quantised,
     )  # fmt: skip
     deviation_M = torch.zeros_like(naive_M).index_copy(0, rows, rounding.deviation_M)
     wrong_RM = beyond_RM & ~(error_RM <= DEVIATION_LIMIT * deviation_M)
@@ -154,7 +155,10 @@ def _on_a_legal_route(
         return True
     if not bool((error_R <= 10 * allowed).all()):  # NaN, or no route can excuse it
         return False
-    rounding = analyse(spec, weights, x_NH, stages, ways.routed, precision, is_vision, route_R, shared_tp=ways.shared)
+    rounding = analyse(
+        spec, weights, x_NH, stages, ways.routed, precision, is_vision, route_R, shared_tp=ways.shared,
+        packed=given.is_quantised,
+    )  # fmt: skip
     return bool((error_R <= (DEVIATION_LIMIT * rounding.deviation_M).clamp(min=allowed)).all())
 
 

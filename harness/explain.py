@@ -131,7 +131,7 @@ def _errors(seen: Evidence) -> Iterator[str]:
     x_MH, is_vision = given.tokens.hidden_states, given.tokens.is_vision
     rounding = analyse(
         given.spec, given.exact, x_MH, given.stages, cut.routed, seen.precision, is_vision, torch.arange(shown),
-        shared_tp=cut.shared,
+        shared_tp=cut.shared, packed=given.is_quantised,
     )  # fmt: skip
     bound_m = (miss_RmH / rounding.bound_MH).amax((0, 2))
     naive_M = seen.naive_M

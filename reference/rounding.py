@@ -102,8 +102,8 @@ class Noisy:
         spread = _growth(times, unit.u)
         return Noisy(self.value, variance, self.bound * (1 + spread) + spread * self.value.abs() + times * unit.tiny)
 
-    def product(self, w: Tensor) -> Noisy:
-        """self @ w.T, summed in float32 in any order; w [..., out, in] is exact."""
+    def product(self, w: Tensor, packed: Unit | None = None) -> Noisy:
+        """self @ w.T, summed in float32 in any order; w [..., out, in] is exact, unless unpacked to that unit's dtype."""
         wT, n = w.mT, w.shape[-1]
         total = self.value @ wT
         chain = _on_the_way(total, self.value.square() @ wT.square(), n)
@@ -113,7 +113,12 @@ class Noisy:
         variance = inherited @ wT.square() + (_TYPICAL_ROUNDING * _FP32.u) ** 2 * chain
         spread = _growth(n, _FP32.u)
         bound = self.bound * (1 + spread) + spread * self.value.abs()
-        return Noisy(total, variance, bound @ wT.abs() + n * _FP32.tiny)
+        bound = bound @ wT.abs() + n * _FP32.tiny
+        if packed is not None:
+            variance = variance + (_TYPICAL_ROUNDING * packed.u) ** 2 * (self.value.square() @ wT.square())
+            reach = (self.value.abs() + self.bound) * (1 + spread)
+            bound = bound + reach @ (packed.u * wT.abs() + packed.tiny)
+        return Noisy(total, variance, bound)
 
     def summed(self, unit: Unit, roundings: int) -> Noisy:
         """Sum over the first dimension in any order, roundings of them on the way of each term."""
@@ -175,12 +180,15 @@ def analyse(
     rows_m: Tensor | None = None,
     *,
     shared_tp: int | None = None,
+    packed: bool = False,
 ) -> RoundingErrors:
     """The rounding errors that a legal layer may make with the stages' choice of experts.
 
     weights, hidden_states_MH, is_vision_M: as for `forward`; the dtype of hidden_states_MH is the layer's.
     stages: its result.    tp: how many partial sums the routed experts are cut into; divides their widths.
     shared_tp: the same for the shared experts, tp by default.    precision: where the released router rounds.
+    packed: the routed experts are stored in fewer bits, so that a layer may round w13 and w2 to its dtype when it
+    unpacks them.
     rows_m: int64, the rows to analyse, all by default: a few take 2 ms, 512 of a twin 40 ms.
     Not covered: overflow, and a sparsemixer mask that rounding decides (see routes.py).
     """
@@ -196,9 +204,8 @@ def analyse(
         x, ids = x_MH[rows_M], ids_MK[rows_M]
         chosen_MK = _noisy_weights(x, named, ids, weights_MK[rows_M], routing, unit, precision)
         real_MK = Noisy.exact((ids < routing.num_experts).double())
-        routed_RMH = _routed(
-            x, named, ids.clamp(max=routing.num_experts - 1), chosen_MK * real_MK, routing, experts, tp, unit
-        )
+        real_ids_MK, unpacked = ids.clamp(max=routing.num_experts - 1), unit if packed else None
+        routed_RMH = _routed(x, named, real_ids_MK, chosen_MK * real_MK, routing, experts, tp, unit, unpacked)
         terms = [(routed_RMH * routing.scale).stored(unit)]
         if routing.num_zero_experts:
             zero_MK = Noisy.exact((ids >= routing.num_experts).double())
@@ -359,6 +366,7 @@ def _routed(
     experts: Experts,
     tp: int,
     unit: Unit,
+    packed: Unit | None,
 ) -> Noisy:
     """The ranks' shares of R, [R, M, H]."""
     tokens, top_k = ids_MK.shape
@@ -379,7 +387,7 @@ def _routed(
     def grouped(t_TL: Tensor) -> Tensor:
         return t_TL.new_zeros(len(used_G), most, t_TL.shape[1]).index_put((group_T, place_T), t_TL)
 
-    y_RGmL = _mlp(x_TL.shaped(grouped), w13, b13, w2, b2, experts.activation, experts.layout, tp, unit)
+    y_RGmL = _mlp(x_TL.shaped(grouped), w13, b13, w2, b2, experts.activation, experts.layout, tp, unit, packed)
     y_RTL = y_RGmL.shaped(lambda t: t[:, group_T, place_T])
     if routing.weight_on == "output":
         y_RTL = (y_RTL * weights_T1).stored(unit)
@@ -411,9 +419,10 @@ def _mlp(
     layout: str,
     tp: int,
     unit: Unit,
+    packed: Unit | None = None,
 ) -> Noisy:
     """G MLPs with weights of their own [G, out, in], m tokens each: [R, G, m, L], the bias on the first rank."""
-    h_GmN = _linear(x_GmL, w13, None if b13 is None else b13[:, None], unit)
+    h_GmN = _linear(x_GmL, w13, None if b13 is None else b13[:, None], unit, packed)
     if not rule.gated:
         gate, up = h_GmN, None
     elif layout == "interleaved":
@@ -425,7 +434,7 @@ def _mlp(
     a_RGmi = a_GmI.shaped(lambda t: t.reshape(*t.shape[:2], tp, width // tp).movedim(2, 0))
     w2_RGLi = w2.reshape(count, outputs, tp, width // tp).movedim(2, 0)
     b2_RG1L = None if b2 is None else torch.stack([b2, *[torch.zeros_like(b2)] * (tp - 1)])[:, :, None]
-    return _linear(a_RGmi, w2_RGLi, b2_RG1L, unit)
+    return _linear(a_RGmi, w2_RGLi, b2_RG1L, unit, packed)
 
 
 def _activation(gate: Noisy, up: Noisy | None, rule: Activation, unit: Unit) -> Noisy:
@@ -453,9 +462,9 @@ def _shared(x_MH: Tensor, weights: Mapping[str, Tensor], shared: Shared, tp: int
     return y_RMH
 
 
-def _linear(x: Noisy, w: Tensor, bias: Tensor | None, unit: Unit) -> Noisy:
+def _linear(x: Noisy, w: Tensor, bias: Tensor | None, unit: Unit, packed: Unit | None = None) -> Noisy:
     """x @ w.T + bias, stored before the bias and after it."""
-    y = x.product(w).stored(unit)
+    y = x.product(w, packed).stored(unit)
     return y if bias is None else (y + bias).stored(unit)
 
 
