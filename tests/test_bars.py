@@ -1,0 +1,216 @@
+"""The bars of others, and what they let pass: the tolerances themselves are tested here."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.case import parse
+from harness.check import whole_output
+from harness.execution import run_system
+from harness.faults.bars import BARS, CLEAN, NONSENSE, OURS, Close, Count, judge, of_lines, of_nonsense, tally
+from harness.problem import problem
+from harness.systems import resolve
+
+NAMES = {bar.name for bar in BARS}
+BF16, FP32 = torch.bfloat16, torch.float32
+CASES = ("deepseek_v3@tp1.{}.tokens33", "mixtral@tp1.{}.tokens33", "gpt_oss@tp1.{}.tokens33")
+
+# What each bar lets pass on the three cases above, in bf16: on all of them, or on some.
+ALWAYS = {
+    "zeros": set(),
+    "the negation": set(),
+    "x1.01": NAMES,
+    "x1.05": {"vLLM layer 2048", "SGLang", "FlashInfer", "TensorRT-LLM", "cosine"},
+    "x1.5": {"FlashInfer", "cosine"},
+    "x6": {"FlashInfer", "cosine"},
+    "x1000": {"cosine"},
+    "NaN": {"TensorRT-LLM"},
+}
+SOMETIMES = {"x1.05": {"vLLM layer", "vLLM modular"}}
+
+
+def verdicts(text: str) -> dict[str, bool]:
+    """Of the runner, which is right."""
+    case, runner = parse(text), resolve("runner")
+    given = problem(case)
+    run = run_system(case, runner, given)
+    outputs = [whole_output(out, given) for out in run.ranks]
+    dtype = given.tokens.hidden_states.dtype
+    return judge(outputs, given.stages.output_MH, dtype, [out.rows for out in run.ranks])
+
+
+def bar(name: str):
+    return next(each for each in BARS if each.name == name)
+
+
+def some(rows: int = 20) -> Tensor:
+    return torch.randn(rows, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("grid", ["tp1", "tp4", "tp2.ep4.dp2"])
+@pytest.mark.parametrize("model", ["deepseek_v3", "mixtral", "gpt_oss"])
+def test_right_layers_in_fp32_pass_every_bar(model, grid):
+    assert verdicts(f"{model}@{grid}.tokens33") == dict.fromkeys(NAMES, True)
+
+
+@pytest.mark.parametrize("model", ["gpt_oss", "qwen2_moe"])
+def test_right_layers_with_small_outputs_pass_every_bar_in_bf16_but_torchs_own(model):
+    assert verdicts(f"{model}@tp2.bf16.tokens7") == {name: name != "torch" for name in NAMES}
+
+
+@pytest.mark.parametrize(
+    ("case", "accuses"),
+    [
+        ("deepseek_v3@tp2.bf16.tokens33", {"SGLang"}),  # an absolute part of 0.01, and outputs that reach 4.7
+        ("gemma4@tp2.bf16.tokens33", {"SGLang", "vLLM layer", "vLLM modular"}),
+        ("lfm2_moe@tp2.bf16.tokens33", NAMES - {"torch", "FlashInfer", "TensorRT-LLM"}),  # near ties of its router
+    ],
+)
+def test_right_layers_in_bf16_fail_bars_that_know_neither_size_nor_near_ties(case, accuses):
+    assert {name for name, passed in verdicts(case).items() if not passed} == {"torch", *accuses}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_each_bar_lets_pass_the_nonsense_that_the_docs_say_it_does(name):
+    counts = of_nonsense([case.format("bf16") for case in CASES]).cells[name]
+    passed = {each for each, count in counts.items() if count.passed == count.planted}
+    partly = {each for each, count in counts.items() if 0 < count.passed < count.planted}
+    assert passed == ALWAYS[name]
+    assert partly == SOMETIMES.get(name, set())
+
+
+@pytest.mark.parametrize("name", ["zeros", "the negation", "x1000"])
+def test_sglangs_bar_lets_any_nonsense_pass_on_data_like_its_own(name):
+    """Tokens and weights of deviation 0.01, as its test draws them, make outputs below 1e-6; its absolute part is 1e-2."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float64).normal_(0, 0.01, generator=generator)
+
+    x_MH, w13_2IH, w2_HI = drawn(33, 128), drawn(256, 128), drawn(128, 128)
+    gate_MI, up_MI = (x_MH @ w13_2IH.T).chunk(2, dim=-1)
+    y_MH = torch.nn.functional.silu(gate_MI) * up_MI @ w2_HI.T
+    assert y_MH.abs().max() < 1e-6
+    assert bar("SGLang").passes(NONSENSE[name](y_MH), y_MH, BF16)
+    assert not bar("SGLang").passes(NONSENSE[name](y_MH * 1e7), y_MH * 1e7, BF16)
+
+
+@pytest.mark.parametrize(("factor", "passes"), [(0.16, False), (0.6, True), (6.6, True), (6.8, False)])
+def test_a_relative_part_of_the_found_excuses_results_that_are_too_large(factor, passes):
+    """|1 - f| <= 0.85 f, so f from 0.54 to 6.67 is close."""
+    y_MH = 1e3 * some()
+    assert bar("FlashInfer").passes(factor * y_MH, y_MH, BF16) == passes
+
+
+def test_tensorrt_llms_count_of_what_is_beyond_the_limit_misses_nan_and_no_other_bar_does():
+    y_MH = some()
+    told = judge([torch.full_like(y_MH, torch.nan)], y_MH, BF16)
+    assert {name for name, passed in told.items() if passed} == {"TensorRT-LLM"}
+    assert not any(judge([torch.full_like(y_MH, torch.inf)], y_MH, BF16).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "passes"),
+    [("FlashInfer", 75, True), ("FlashInfer", 76, False), ("TensorRT-LLM", 39, True), ("TensorRT-LLM", 40, False)],
+)
+def test_the_share_of_elements_that_may_differ_is_met_to_the_element(name, wrong, passes):
+    expected_MH = torch.ones(10, 100, dtype=torch.float64)
+    found_MH = expected_MH.clone()
+    found_MH.flatten()[:wrong] = 100.0
+    assert bar(name).passes(found_MH, expected_MH, BF16) == passes
+
+
+def test_a_wrong_rank_fails_a_bar_that_all_others_pass():
+    y_MH = some()
+    assert judge([y_MH, y_MH], y_MH, FP32) == dict.fromkeys(NAMES, True)
+    assert judge([y_MH, -y_MH], y_MH, FP32) == dict.fromkeys(NAMES, False)
+
+
+def test_rows_of_other_ranks_do_not_dilute_the_share_of_wrong_elements():
+    y_MH = some(rows=50)
+    found_MH = y_MH.clone()
+    found_MH[:1] = 0.0
+    assert judge([found_MH], y_MH, BF16)["TensorRT-LLM"]
+    assert not judge([found_MH], y_MH, BF16, [slice(0, 1)])["TensorRT-LLM"]
+
+
+def test_no_tokens_pass_every_bar():
+    none = torch.empty(0, 64, dtype=torch.float64)
+    assert judge([none], none, BF16) == dict.fromkeys(NAMES, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_torchs_bar_agrees_with_assert_close_at_its_edge(dtype):
+    """Ones against 1 + the limit, a little inside and a little outside, as assert_close itself decides."""
+    rule = bar("torch").rule.rules[dtype]
+    right = torch.ones(1, 1, dtype=torch.float64)
+    for factor, close in ((0.99, True), (1.01, False)):
+        found = right + factor * (rule.atol + rule.rtol)
+        assert bar("torch").passes(found, right, dtype) == close
+        try:
+            torch.testing.assert_close(found, right, atol=rule.atol, rtol=rule.rtol)
+            agreed = True
+        except AssertionError:
+            agreed = False
+        assert agreed == close
+    from torch.testing._comparison import default_tolerances
+
+    assert default_tolerances(dtype) == (rule.rtol, rule.atol)
+
+
+def test_a_bar_tells_the_file_of_a_repository_that_it_is_taken_from():
+    assert len(NAMES) == len(BARS)
+    for each in BARS:
+        assert re.fullmatch(r"[\w.-]+(/[\w.-]+)?: [\w/.-]+\.py.*", each.source), each.source
+
+
+def test_rules_print_as_their_figures():
+    assert repr(Close(atol=0.1, rtol=0.85, of="found", share=0.925)).startswith("Close(atol=0.1, rtol=0.85, of='found'")
+
+
+def test_a_matrix_counts_each_bar_by_family_and_keeps_right_layers_apart():
+    matrix = tally(
+        [
+            ("B10", {"torch": False, "cosine": True}),
+            ("B3", {"torch": True, "cosine": True}),
+            ("B3", {"torch": False, "cosine": True}),
+            (CLEAN, {"torch": False, "cosine": True}),
+        ]
+    )
+    assert matrix.cells["B3"] == {"torch": Count(1, 2), "cosine": Count(2, 2)}
+    assert matrix.faulty == {"torch": Count(1, 3), "cosine": Count(3, 3)}
+    assert [line[0] for line in matrix.lines()] == [CLEAN, "B3", "B10", "all faults", "let pass"]
+    assert matrix.markdown().splitlines()[-1] == "| let pass | 33.3 % | 100.0 % |"
+    assert matrix.table().row_count == 5
+
+
+LINES = [
+    {"family": "A1", "name": "twice", "found": True, "bars": {"torch": False, "cosine": True}},
+    {"family": None, "name": "clean", "found": False, "bars": {"torch": True, "cosine": True}},
+    {"summary": "2 runs"},
+]
+
+
+def test_what_the_faults_verb_writes_becomes_a_matrix_with_this_harness_as_one_more_judge():
+    matrix = of_lines(map(json.dumps, LINES))
+    assert matrix.bars == ("torch", "cosine", OURS)
+    assert matrix.cells["A1"][OURS] == Count(0, 1)
+    assert matrix.cells[CLEAN][OURS] == Count(1, 1)
+
+
+def test_the_module_prints_the_table_of_a_file_as_markdown(tmp_path: Path):
+    file = tmp_path / "faults.jsonl"
+    file.write_text("\n".join(map(json.dumps, LINES)))
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.faults.bars", str(file)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[0] == f"| passes | torch | cosine | {OURS} |"
+    assert "| A1 | 0/1 | 1/1 | 0/1 |" in done.stdout.splitlines()
