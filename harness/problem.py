@@ -104,7 +104,7 @@ def _weights(spec: MoESpec, dtype: str, seed: int) -> dict[str, Tensor]:
 @functools.lru_cache(maxsize=12)
 def _stored(spec: MoESpec, dtype: str, seed: int, quant: str) -> dict[str, Tensor]:
     weights = _weights(spec, dtype, seed)
-    return quantise(spec, weights, _weights(spec, "fp32", seed)) if quant == "int8" else weights
+    return quantise(spec, weights, _weights(spec, "fp32", seed), seed) if quant == "int8" else weights
 
 
 @functools.lru_cache(maxsize=6)

@@ -1,11 +1,11 @@
 """Routed experts stored in 8 bits: int8 matrices with one float32 scale for each output channel.
 
-    q = 127 * w / amax, rounded to the nearest integer, ties to even        scale = amax / 127, rounded once to float32
+    q = 127 * w / amax, rounded to the nearest integer, ties to even        scale = gain * amax / 127, as float32
 
-where amax is the largest |w| of the channel and w are the numbers of the case before they are rounded to a dtype: q and
-scale are the same in every dtype. Both follow exactly from integers: w is an integer times a power of two, whose
-quotients by 127 or by another integer lie too far from a tie for a second rounding to matter.
-Source of the format: vLLM, quantization/experts_int8.py (`w13_scale`, `w2_scale`).
+amax is the largest |w| of the channel, and w are the numbers of the case before they are rounded to a dtype: q and scale
+are the same in every dtype. Each channel has a gain of its own, between 1/2 and 3/2: with Philox numbers alone all scales
+would be alike within a few hundredths, and another channel's would pass for the right one.
+Everything follows exactly from integers (docs/numbers.md). Source of the format: vLLM, quantization/experts_int8.py.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from harness.philox import uniform
 from reference.spec import MoESpec
 
 QUANTISED = ("w13", "w2")
-_LARGEST = 127
+LARGEST = 127
 
 
-def quantise(spec: MoESpec, weights: Mapping[str, Tensor], fp32: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def quantise(spec: MoESpec, weights: Mapping[str, Tensor], fp32: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """The weights as an int8 checkpoint stores them: `w13`, `w2` int8 in their own layout, `w13_scale` [E, N] and
     `w2_scale` [E, P] float32 behind each, with `vision_` in front in the second branch; all others as they are.
 
@@ -29,18 +30,21 @@ def quantise(spec: MoESpec, weights: Mapping[str, Tensor], fp32: Mapping[str, Te
     """
     stored: dict[str, Tensor] = {}
     for name, tensor in weights.items():
+        stored[name] = tensor
         if name.removeprefix("vision_") in QUANTISED:
-            stored[name], stored[f"{name}_scale"] = _quantise(fp32[name], input_dim(spec, name))
-        else:
-            stored[name] = tensor
+            scale = f"{name}_scale"
+            stored[name], stored[scale] = _quantise(fp32[name], input_dim(spec, name), scale, seed)
     return stored
 
 
-def _quantise(w: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _quantise(w: Tensor, dim: int, scale: str, seed: int) -> tuple[Tensor, Tensor]:
+    """In float64, which is exact here: no quotient lies so near a tie that a second rounding could decide it."""
     amax = w.double().abs().amax(dim, keepdim=True)
-    used = torch.where(amax == 0, 1.0, amax)  # a channel of zeros has q = 0, whatever its scale
-    q = torch.round(w.double() * _LARGEST / used)
-    return q.to(torch.int8), (used / _LARGEST).squeeze(dim).float()
+    amax = torch.where(amax == 0, 1.0, amax)  # a channel of zeros has q = 0, whatever its scale
+    q = torch.round(LARGEST * w.double() / amax)
+    channels = amax.squeeze(dim)
+    gain = 1 + uniform(scale, seed, 0, channels.numel(), w.device).double().view_as(channels) / 2
+    return q.to(torch.int8), (gain * channels / LARGEST).float()
 
 
 def dequantise(spec: MoESpec, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
