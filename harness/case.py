@@ -16,6 +16,8 @@ from typing import Any
 
 from harness import models
 from harness.errors import UsageError
+from harness.labels.columns import Labels, labels
+from harness.labels.plan import visits
 from reference.spec import MoESpec, weight_shapes
 
 DTYPES = ("fp32", "bf16", "fp16")
@@ -25,7 +27,8 @@ MAX_WEIGHTS = 50_000_000
 # Each option, its values (the first is the default) and what it changes; the one list that parsing, help and docs read.
 KERNELS = ("partial", "reduced", "deepep_ht", "deepep_ll", "nvlink_one_sided", "nvlink_two_sided")
 OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
-    "size": (("twin", "wide", "real"), "which layer of the model's page"),
+    "size": (("twin", "wide", "real", "labels"), "which layer of the model's page; labels: the twin whose experts each own a "
+             "column, with tokens of its own"),
     "s": (("twin", "real"), "routed_scaling_factor: the twin's own or the checkpoint's"),
     "quant": (("none", "int8"), "how the routed experts are stored: in the dtype, or as int8 with a float32 scale for each "
               "output channel"),
@@ -177,6 +180,14 @@ class Case:
             raise UsageError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
         if not 0 <= self.tokens <= MAX_TOKENS:
             raise UsageError(f"tokens={self.tokens}: expected 0 to {MAX_TOKENS}")
+        if self.size == "labels" and self.quant != "none":
+            raise UsageError(
+                f"size=labels with quant={self.quant}: labels are exact, quantised weights are not. Leave one out"
+            )
+        if self.size == "labels":  # its tokens are planned, and there is nothing random about it
+            object.__setattr__(self, "tokens", _labelled_tokens(self.model) * self.grid.dp)
+            object.__setattr__(self, "split", None)
+            object.__setattr__(self, "seed", 0)
         if self.split is not None:
             _check_split(self.split, self.tokens, self.grid.dp)
             if self.split == _even(self.tokens, self.grid.dp):
@@ -195,7 +206,12 @@ class Case:
     @property
     def spec(self) -> MoESpec:
         """The layer to be computed."""
-        return _spec(self.model, self.size, self.s)
+        return _spec(self.model, self.size, self.s) if self.size != "labels" else self.labels.spec
+
+    @property
+    def labels(self) -> Labels:
+        """Whose column is whose, for a case with size=labels."""
+        return _labels(self.model, self.s, self.grid.ranks)
 
     @property
     def rows(self) -> tuple[slice, ...]:
@@ -215,7 +231,7 @@ class Case:
         parts += [self.dtype] if self.dtype != default["dtype"] else []
         if self.split is not None:
             parts.append(f"tokens{'_'.join(map(str, self.split))}")
-        elif self.tokens != default["tokens"]:
+        elif self.tokens != default["tokens"] and self.size != "labels":
             parts.append(f"tokens{self.tokens}")
         parts += [f"seed{self.seed}"] if self.seed != default["seed"] else []
         options = [f"{n}={getattr(self, n)}" for n in OPTIONS if getattr(self, n) != default[n]]
@@ -273,6 +289,19 @@ def parse(text: str) -> Case:
             )
         _put(found, name, value, text)
     return Case(model=model, grid=Grid(**sizes), **found)
+
+
+@functools.cache
+def _labels(model: str, s: str, ranks: int) -> Labels:
+    return labels(_spec(model, "twin", s), ranks)
+
+
+@functools.cache
+def _labelled_tokens(model: str) -> int:
+    """Of each data-parallel rank."""
+    twin = models.load(model).twin
+    branches = (twin.routing,) if twin.vision is None else (twin.routing, twin.vision.routing)
+    return sum(len(visits(routing)) for routing in branches)
 
 
 def _put(found: dict[str, Any], name: str, value: object, text: str) -> None:

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from harness import known
-from harness.algebra import Evidence
 from harness.case import Case
-from harness.compare import Comparison, compare
+from harness.compare import compare
 from harness.diagnose import Diagnosis, diagnose
 from harness.errors import CouldNotRun
-from harness.execution import RankOutput, Run, run_system
+from harness.execution import Run, run_system
 from harness.finding import Finding, Verdict, repro_command
-from harness.layout import Layout, linear_owners
+from harness.outputs import evidence, whole_output
+from harness.probe import Probe, labelled_case, probe, read
 from harness.problem import Problem, problem, ways
 from harness.systems import System
 
 
 def check(case: Case, system: System) -> Finding:
-    """Run one case on one system and judge it. Whatever a system does wrong becomes part of the finding."""
+    """Run one case on one system and judge it. Whatever a system does wrong becomes part of the finding.
+
+    First the decodable probe, once for all cases of a grid, dtype and options; then the case itself.
+    """
     try:
         reason = system.supports(case)
         if reason is not None:
             return _finding(case, system, Verdict.NOT_APPLICABLE, diagnosis=reason)
+        probed = None if case.size == "labels" else probe(labelled_case(case), system)
         given = problem(case)
         run = run_system(case, system, given)
     except CouldNotRun as error:
@@ -34,12 +38,12 @@ def check(case: Case, system: System) -> Finding:
     if run.broken is not None:
         stage, sentence = run.broken
         return _finding(case, system, Verdict.MISMATCH, stage=stage, diagnosis=sentence)
-    return judge(case, system, given, run)
+    finding = judge(case, system, given, run)
+    return finding if probed is None else _with_probe(finding, probed, case, system)
 
 
 def judge(case: Case, system: System, given: Problem, run: Run) -> Finding:
     """Compare the outputs of all ranks with the oracle, name the cause of a mismatch, look it up in the ledger."""
-    precision = system.precision(given.spec)
     units = {out.unit for out in run.ranks}
     if len(units) > 1:
         told = ", ".join(f"rank {rank}: {out.unit:g}" for rank, out in enumerate(run.ranks))
@@ -47,79 +51,73 @@ def judge(case: Case, system: System, given: Problem, run: Run) -> Finding:
             case, system, Verdict.MISMATCH, stage="output", diagnosis=f"ranks declare different output units: {told}"
         )
     outputs = [whole_output(out, given) for out in run.ranks]
-    compared = compare(given, outputs, ways(given.spec, case.grid), precision)
+    if given.labels is not None:
+        return _labelled(case, system, given, run, outputs)
+    compared = compare(given, outputs, ways(given.spec, case.grid), system.precision(given.spec))
+    if compared.wrong:
+        cause = diagnose(evidence(case, system, given, run, outputs, compared.wrong_RM))
+        return _settled(case, system, given, outputs, cause, compared.figures())
+    if compared.undecided:
+        rows = int(compared.undecided_RM.any(0).sum())
+        told = f"{rows} near ties with too many legal routes to list"
+        return _finding(case, system, Verdict.UNDECIDED, compared.figures(), diagnosis=told)
+    return _passed(case, system, given, run, compared.figures())
+
+
+def _labelled(case: Case, system: System, given: Problem, run: Run, outputs: Sequence[Tensor]) -> Finding:
+    """A labelled case is judged by its coefficients alone."""
+    probed = read(case, system, given, run)
+    if probed.verdict != "wrong":
+        return _passed(case, system, given, run, probed.figures())
+    cause = Diagnosis(probed.sentence, probed.family, coefficients=probed.symbols)
+    return _settled(case, system, given, outputs, cause, probed.figures())
+
+
+def _passed(case: Case, system: System, given: Problem, run: Run, figures: dict[str, object]) -> Finding:
+    """The numbers are right; so have to be the ledgers, the one of known faults and the one of collectives."""
     entry = known.expected(case, system.name, given)
-    if not compared.wrong:
-        if compared.undecided:
-            rows = int(compared.undecided_RM.any(0).sum())
-            return _finding(
-                case,
-                system,
-                Verdict.UNDECIDED,
-                compared,
-                diagnosis=f"{rows} near ties with too many legal routes to list",
-            )
-        if entry is not None:
-            return _finding(
-                case,
-                system,
-                Verdict.MISMATCH,
-                compared,
-                diagnosis=f"passes, but the ledger expects a fault: {entry.reference}",
-            )
-        unannounced = _unannounced(run)
-        if unannounced is not None:
-            return _finding(case, system, Verdict.MISMATCH, compared, stage="collectives", diagnosis=unannounced)
-        return _finding(case, system, Verdict.OK, compared)
-    cause = diagnose(evidence(case, system, given, run, outputs, compared))
+    if entry is not None:
+        told = f"passes, but the ledger expects a fault: {entry.reference}"
+        return _finding(case, system, Verdict.MISMATCH, figures, diagnosis=told)
+    unannounced = _unannounced(run)
+    if unannounced is not None:
+        return _finding(case, system, Verdict.MISMATCH, figures, stage="collectives", diagnosis=unannounced)
+    return _finding(case, system, Verdict.OK, figures)
+
+
+def _settled(
+    case: Case, system: System, given: Problem, outputs: Sequence[Tensor], cause: Diagnosis, figures: dict[str, object]
+) -> Finding:
+    """The numbers are wrong: as a ledger entry foretells, or not."""
+    entry = known.expected(case, system.name, given)
     if entry is None:
-        return _found(case, system, Verdict.MISMATCH, compared, cause)
+        return _found(case, system, Verdict.MISMATCH, figures, cause)
     if known.agrees(entry, cause.coefficients, case, given):
-        return _found(case, system, Verdict.KNOWN, compared, cause, entry.reference)
+        return _found(case, system, Verdict.KNOWN, figures, cause, entry.reference)
     if not cause.coefficients and known.explains(entry, outputs, case, given):
-        return _found(case, system, Verdict.KNOWN, compared, Diagnosis(known.told(entry), None), entry.reference)
-    return _found(
-        case, system, Verdict.MISMATCH, compared, cause, f"the ledger expects another fault here: {entry.reference}"
-    )
+        return _found(case, system, Verdict.KNOWN, figures, Diagnosis(known.told(entry), None), entry.reference)
+    told = f"the ledger expects another fault here: {entry.reference}"
+    return _found(case, system, Verdict.MISMATCH, figures, cause, told)
 
 
-def whole_output(out: RankOutput, given: Problem) -> Tensor:
-    """What a rank returned, [M, H] float64 in units of y, between the law's own rows for the tokens of other ranks."""
-    found_mH = out.output.double() / out.unit
-    if found_mH.shape[0] == given.stages.output_MH.shape[0]:
-        return found_mH
-    whole_MH = given.stages.output_MH.clone()
-    whole_MH[out.rows] = found_mH
-    return whole_MH
-
-
-def evidence(
-    case: Case, system: System, given: Problem, run: Run, outputs: Sequence[Tensor], compared: Comparison
-) -> Evidence:
-    """What the diagnosis gets to see."""
-    held_RM, wrong_RM, tp = torch.zeros(compared.wrong_RM.shape, dtype=torch.bool), compared.wrong_RM, case.grid.tp
-    for rank, out in enumerate(run.ranks):
-        held_RM[rank, _computed(out.rows, rank % tp, tp) if case.grid.sp > 1 else out.rows] = True
-    if case.grid.sp > 1 and not bool((wrong_RM & held_RM).any()):  # what a rank computed is right: the gather is not
-        held_RM = torch.stack([_mask(out.rows, wrong_RM.shape[1]) for out in run.ranks])
-    wrong_RM = wrong_RM & held_RM
-    stages: dict[str, Tensor] = getattr(run.ranks[0].layer, "stages", dict)() if case.grid.dp == 1 else {}
-    linear = linear_owners(case.spec.routing.num_experts, case.grid.ep)
-    layout = Layout(case.grid, getattr(run.ranks[0].layer, "owners", linear))
-    return Evidence(given, outputs, held_RM, layout, system.precision(given.spec), wrong_RM, stages)
-
-
-def _computed(rows: slice, rank: int, tp: int) -> slice:
-    """Under sequence parallelism, the rows that a tp rank took through the layer."""
-    share = -(-(rows.stop - rows.start) // tp)
-    start = min(rows.start + rank * share, rows.stop)
-    return slice(start, min(start + share, rows.stop))
-
-
-def _mask(rows: slice, count: int) -> Tensor:
-    held_M = torch.zeros(count, dtype=torch.bool)
-    held_M[rows] = True
-    return held_M
+def _with_probe(finding: Finding, probed: Probe, case: Case, system: System) -> Finding:
+    """The finding of a case beside what the probe read: a wrong coefficient is a mismatch whatever the case itself shows."""
+    figures = {**finding.figures, "probe": probed.figures()}
+    if probed.verdict != "wrong":
+        return replace(finding, figures=figures)
+    labelled = labelled_case(case)
+    shown = f"(labelled probe: moe-harness check '{labelled}')"
+    if finding.verdict is Verdict.MISMATCH and finding.family is None and probed.family is not None:
+        told = f"{probed.sentence} {shown}"
+        return replace(finding, figures=figures, family=probed.family, diagnosis=told)
+    if finding.verdict is Verdict.MISMATCH and finding.family is None:
+        return replace(finding, figures=figures, diagnosis=f"{finding.diagnosis}; by source: {probed.sentence} {shown}")
+    if finding.verdict is Verdict.OK and known.expected(labelled, system.name, problem(labelled)) is None:
+        return replace(
+            finding, verdict=Verdict.MISMATCH, stage="output", family=probed.family, figures=figures,
+            diagnosis=f"{probed.sentence} {shown}",
+        )  # fmt: skip
+    return replace(finding, figures=figures)
 
 
 def _unannounced(run: Run) -> str | None:
@@ -137,20 +135,25 @@ def _unannounced(run: Run) -> str | None:
 
 
 def _found(
-    case: Case, system: System, verdict: Verdict, compared: Comparison, cause: Diagnosis, reference: str | None = None
+    case: Case,
+    system: System,
+    verdict: Verdict,
+    figures: dict[str, object],
+    cause: Diagnosis,
+    reference: str | None = None,
 ) -> Finding:
     return _finding(
-        case, system, verdict, compared,
+        case, system, verdict, figures,
         stage=cause.stage, family=cause.family, diagnosis=cause.sentence, reference=reference,
     )  # fmt: skip
 
 
 def _finding(
-    case: Case, system: System, verdict: Verdict, compared: Comparison | None = None, *, stage: str | None = None,
+    case: Case, system: System, verdict: Verdict, figures: dict[str, object] | None = None, *, stage: str | None = None,
     family: str | None = None, diagnosis: str = "", reference: str | None = None,
 ) -> Finding:  # fmt: skip
     return Finding(
         case=str(case), model=case.model, system=system.name, verdict=verdict, stage=stage, family=family,
-        diagnosis=diagnosis, figures=compared.figures() if compared else {}, reference=reference,
+        diagnosis=diagnosis, figures=figures or {}, reference=reference,
         repro=repro_command(case, system.name),
     )  # fmt: skip

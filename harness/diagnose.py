@@ -57,7 +57,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         return plain
     whole = _each(evidence, read_whole)
     if whole is not None and all(reading.is_symbolic for reading in whole.values()):
-        return _algebra_sentence(evidence, whole)
+        return algebra_sentence(evidence, whole)
     halves = _some_columns_cause(evidence)
     if halves is not None:
         return halves
@@ -67,7 +67,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         return recent
     shares = whole or _each(evidence, lambda e, rank: read_whole(e, rank) or read_shares(e, rank))
     if shares is not None and all(reading.is_symbolic for reading in shares.values()):
-        told = _algebra_sentence(evidence, shares)
+        told = algebra_sentence(evidence, shares)
         return told if told.family is not None else _placed(mixture_story(evidence)) or told
     placed = (
         _input_cause(evidence)
@@ -81,7 +81,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     if by_law is not None:
         return by_law
     if shares is not None:
-        return _algebra_sentence(evidence, shares)
+        return algebra_sentence(evidence, shares)
     return (
         _placed(one_rank_story(evidence))
         or _placed(piece_story(evidence))
@@ -157,7 +157,7 @@ def _first_extreme_stage(evidence: Evidence, row: int) -> tuple[str, str]:
     return "output", "the oracle is finite everywhere"
 
 
-def _algebra_sentence(evidence: Evidence, readings: Mapping[int, Reading], rows_text: str = "") -> Diagnosis:
+def algebra_sentence(evidence: Evidence, readings: Mapping[int, Reading], rows_text: str = "") -> Diagnosis:
     """readings: by rank.    rows_text: ' in 3 of 7 tokens (0, 2, 5)' where they hold for those alone."""
     given, layout = evidence.given, evidence.layout
     lawful = lawful_reading(given)
@@ -244,7 +244,7 @@ def _input_cause(evidence: Evidence) -> Diagnosis | None:
     readings = _each(evidence, read_with_input)
     if readings is None or not all(reading.is_symbolic for reading in readings.values()):
         return None
-    return _algebra_sentence(evidence, readings)
+    return algebra_sentence(evidence, readings)
 
 
 def _some_rows_cause(evidence: Evidence, *, symbolic: bool) -> Diagnosis | None:
@@ -266,7 +266,7 @@ def _some_rows_cause(evidence: Evidence, *, symbolic: bool) -> Diagnosis | None:
         where = f" in {len(rows[off[0]])} of {rows_RM.shape[1]} tokens ({numbers_text(rows[off[0]])})"
     else:
         where = " in some tokens (" + "; ".join(f"rank {rank}: {numbers_text(rows[rank])}" for rank in off[:4]) + ")"
-    return _algebra_sentence(evidence, told, where)
+    return algebra_sentence(evidence, told, where)
 
 
 def _some_columns_cause(evidence: Evidence) -> Diagnosis | None:
@@ -292,7 +292,7 @@ def _some_columns_cause(evidence: Evidence) -> Diagnosis | None:
     if factors == {"0"} or factors <= {"2", "2*s"}:
         return None  # y itself is 0 or doubled there, whatever its parts: rows_story tells that
     numbers = numbers_text(wrong_H.nonzero()[:, 0].tolist())
-    told = _algebra_sentence(alone, readings, f" in columns {numbers} of {len(wrong_H)}")
+    told = algebra_sentence(alone, readings, f" in columns {numbers} of {len(wrong_H)}")
     return told if told.family is not None else None
 
 

@@ -51,7 +51,8 @@ def run_system(case: Case, system: System, given: Problem) -> Run:
     modality_M = None if given.tokens.is_vision is None else given.tokens.is_vision.long()
 
     def rank_body(comm: Communicator) -> RankOutput:
-        layer = system.build(case, dict(given.weights) if system.foreign else given.weights, comm)
+        weights = given.weights_of(comm.rank)
+        layer = system.build(case, dict(weights) if system.foreign else weights, comm)
         rows = case.rows[comm.rank]
         given_MH = given.tokens.hidden_states[rows]
         x_MH = given_MH.clone()

@@ -12,11 +12,12 @@ import torch
 
 from harness.algebra import Evidence, Reading, law, read_shares, read_whole, read_with_input
 from harness.case import SIZES, Case, groups_of
-from harness.check import check, evidence, judge, whole_output
+from harness.check import check, judge
 from harness.comm import Entry
 from harness.compare import compare
 from harness.execution import Run, run_system
 from harness.finding import Finding, exit_code
+from harness.outputs import evidence, whole_output
 from harness.problem import Problem, problem, ways
 from harness.systems import System, resolve
 from reference.rounding import analyse
@@ -66,7 +67,7 @@ def _measured(case: Case, system: System, given: Problem, run: Run) -> Iterator[
     unit, precision = run.ranks[0].unit, system.precision(given.spec)
     outputs = [whole_output(out, given) for out in run.ranks]
     compared = compare(given, outputs, ways(given.spec, case.grid), precision)
-    seen = evidence(case, system, given, run, outputs, compared)
+    seen = evidence(case, system, given, run, outputs, compared.wrong_RM)
     if unit != 1.0:
         yield f"output unit: the layer returns y times {unit:g}"
     yield "errors: " + ", ".join(f"{name} {value}" for name, value in compared.figures().items())

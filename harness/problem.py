@@ -6,13 +6,16 @@ Systems, grids and options of a case change none of this, so a matrix computes i
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from harness.case import Case, Grid
+from harness.labels import tensors as labelled
+from harness.labels.columns import Labels
 from harness.quantised import dequantise, quantise
 from harness.weights import DTYPES, Tokens, make_tokens, make_weights
 from reference.moe import Stages, forward
@@ -46,6 +49,7 @@ class Problem:
 
     exact: the stored weights upcast to float64, which is what the oracle computes from; quantised ones as the numbers that
     they stand for, under the names of `weight_shapes(spec)`.
+    labels: of a labelled layer, whose ranks each get copies of their own (`weights_of`).
     """
 
     spec: MoESpec
@@ -54,6 +58,7 @@ class Problem:
     exact: dict[str, Tensor]
     tokens: Tokens
     stages: Stages
+    labels: Labels | None = None
     _errors: dict[tuple[Ways, RouterPrecision], Tensor] = field(default_factory=dict)
 
     @property
@@ -71,6 +76,10 @@ class Problem:
             for name, tensor in self.exact.items()
         }
 
+    def weights_of(self, rank: int) -> Mapping[str, Tensor]:
+        """The whole weights, as that rank gets them."""
+        return self.weights if self.labels is None else labelled.weights_of(self.labels, self.weights, rank)
+
     def naive_error(self, ways: Ways, precision: RouterPrecision) -> Tensor:
         """float64 [M]: the larger row error (L2) of the two naive runs, the unit in which a system's error is read."""
         if (ways, precision) not in self._errors:
@@ -80,7 +89,28 @@ class Problem:
 
 def problem(case: Case) -> Problem:
     """The problem of a case; cases that differ in system, grid or placement share one."""
+    if case.size == "labels":
+        return _labelled(case.labels, case.grid.dp, case.dtype)
     return _problem(case.spec, case.dtype, case.tokens, case.seed, case.quant)
+
+
+@functools.lru_cache(maxsize=32)
+def _labelled(labels: Labels, dp: int, dtype: str) -> Problem:
+    """All its numbers are exact in every dtype, so one oracle serves all."""
+    with torch.inference_mode():
+        if dtype != "fp32":
+            exact = _labelled(labels, dp, "fp32")
+            rows = Tokens(exact.tokens.hidden_states.to(DTYPES[dtype]), exact.tokens.is_vision)
+            stored = {
+                name: tensor if name.endswith("e_score_correction_bias") else tensor.to(DTYPES[dtype])
+                for name, tensor in exact.weights.items()
+            }
+            return replace(exact, dtype=DTYPES[dtype], weights=stored, tokens=rows, _errors={})
+        weights = labelled.make_weights(labels, DTYPES[dtype])
+        rows = labelled.make_tokens(labels, dp, DTYPES[dtype])
+        exact_weights = {name: tensor.double() for name, tensor in weights.items()}
+        stages = forward(labels.spec, exact_weights, rows.hidden_states, is_vision_M=rows.is_vision)
+    return Problem(labels.spec, DTYPES[dtype], weights, exact_weights, rows, stages, labels)
 
 
 # A twin's weights take 0.2 MB a dtype and its stages less: the cases of one model fit, and a matrix goes model by model.

@@ -7,6 +7,7 @@ python -m tests.limits clean 1000 1100 models=phimoe tokens=200
 python -m tests.limits faults 40 44               the share of small faults found
 python -m tests.limits routers 200 204            choices of experts that rounding changes, and whether they are listed
 python -m tests.limits split 50 52                products that are not accumulated in float32
+python -m tests.limits projection 0 2 tokens=128,200,512   what many rows show: clean layers, and parts x1.01 and x1.001
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ from torch.nn import functional
 
 from harness import models
 from harness.case import DTYPES, Case, Grid, parse_grid
-from harness.check import judge, whole_output
+from harness.check import judge
 from harness.compare import DEVIATION_LIMIT, RUN_LIMIT, compare, near_ties
 from harness.errors import UsageError
 from harness.execution import Run, run_system
 from harness.finding import Verdict
+from harness.outputs import whole_output
 from harness.problem import Problem, Ways, problem, ways
-from harness.systems import resolve
+from harness.projection import DTYPES as PROJECTED
+from harness.projection import LIMIT as PROJECTION_LIMIT
+from harness.projection import Projected, project
+from harness.systems import System, resolve
 from harness.systems.foreign import ForeignSystem
 from reference.moe import select_experts
 from reference.rounding import analyse, router_error
@@ -144,13 +149,19 @@ def acquitted(given: Problem, outputs: list[Tensor], cut: Ways, precision: Route
     return (error_M[rows] / rounding.deviation_M).tolist()
 
 
+def right_systems() -> list[System]:
+    file = Path(__file__).with_name("clean_layers.py")
+    styles = [style for style in STYLES if style != "chain"]  # slow; tests/test_clean_layers.py has it
+    return [
+        *(ForeignSystem(f"{file}:{style}", style) for style in styles),
+        *map(resolve, ("runner", "legacy", "transformers")),
+    ]
+
+
 def clean(
     seeds: Sequence[int], *, tokens: Sequence[int], grids: Sequence[Grid], size: str, names: Sequence[str]
 ) -> None:
-    file = Path(__file__).with_name("clean_layers.py")
-    styles = [style for style in STYLES if style != "chain"]  # slow; tests/test_clean_layers.py has it
-    systems = [ForeignSystem(f"{file}:{style}", style) for style in styles]
-    systems += [resolve(name) for name in ("runner", "legacy", "transformers")]
+    systems = right_systems()
     counted, ties, past, most = Counter(), Counter(), Counter(), Counter()
     for case, system in itertools.product(cases(seeds, tokens, grids, size, names), systems):
         if system.supports(case) is not None:
@@ -255,6 +266,65 @@ def split(seeds: Sequence[int]) -> None:
         print(f"{pieces} pieces:", ", ".join(f"{d} accused {accused[d]} of {n}" for d, n in tried.items()))
 
 
+def projection(
+    seeds: Sequence[int], *, tokens: Sequence[int], grids: Sequence[Grid], size: str, names: Sequence[str]
+) -> None:
+    systems, styles = right_systems(), [STYLES[name] for name in ("loop", "dense", "folded", "everything_in_dtype")]
+    sigmas: dict[tuple[str, str, int], list[float]] = {}
+    closest, named = {}, Counter()
+    for number, case in enumerate(cases(seeds, tokens, grids, size, names)):
+        given, spec = problem(case), case.spec
+        if given.dtype not in PROJECTED or case.split is not None:
+            continue
+        for system in systems:
+            if system.supports(case) is not None:
+                continue
+            outputs, precision = outputs_of(run_system(case, system, given), given), system.precision(spec)
+            compared = compare(given, outputs, ways(spec, case.grid), precision)
+            if compared.projected is not None:  # else a row is wrong: a known fault of legacy
+                key = ("clean", case.dtype, case.tokens)
+                sigmas.setdefault(key, []).append(compared.projected.largest)
+                closest[key] = max(closest.get(key, (0.0, "")), (compared.projected.largest, f"{case} {system.name}"))
+        style, ids_MK = styles[number % len(styles)], given.stages.topk_ids_MK
+        visits_E = ids_MK.flatten().bincount(minlength=spec.routing.num_experts)[: spec.routing.num_experts]
+        planted = [("routed", 1.01, 0)] + [("shared", 1.01, 0)] * (spec.shared is not None)
+        # images visit other experts under the same numbers, and one of these is not the whole fault
+        experts = [] if spec.vision else (visits_E >= 8).nonzero()[:, 0].tolist()
+        planted += [("expert", factor, e) for e in experts for factor in (1.01, 1.001)]
+        for part, factor, e in planted:
+            system = Subclass(Faulty, style, fault=(part, factor), loud=e)
+            outputs = outputs_of(run_system(case, system, given), given)
+            told = projected(given, outputs, ways(spec, case.grid), system.precision(spec))
+            kinds = [f"{part} x{factor}"]
+            if part == "expert":
+                kinds += [f"most used {kinds[0]}"] * (e == int(visits_E.argmax()))
+            for kind in kinds:
+                key = (kind, case.dtype, case.tokens)
+                sigmas.setdefault(key, []).append(told.largest)
+                right = bool(told.found) and (told.found[0].part, told.found[0].expert or 0) == (part, e)
+                # without shared experts the routed part is the whole output
+                named[key] += right and len(told.found) == 1 and abs(told.found[0].factor - factor) < 0.005
+    for key in sorted(sigmas):
+        values = sorted(sigmas[key])
+        found = sum(value > PROJECTION_LIMIT for value in values)
+        print(
+            f"{key[0]:26} {key[1]} M={key[2]:4} {len(values):6} cases: sigma {values[0]:.1f} to {values[-1]:.1f}, median "
+            f"{values[len(values) // 2]:.1f}; found {100 * found / len(values):.1f} %, named {100 * named[key] / len(values):.1f} %"
+            f" {closest.get(key, '')}",
+            flush=True,
+        )
+
+
+def projected(given: Problem, outputs: list[Tensor], cut: Ways, precision: RouterPrecision) -> Projected:
+    """Whether or not a row is wrong as well."""
+    error_RMH = torch.stack(outputs) - given.stages.output_MH
+    worst_M = error_RMH.norm(dim=-1).argmax(0)
+    error_MH = error_RMH[worst_M, torch.arange(len(worst_M))]
+    told = project(given, error_MH, ~near_ties(given, precision), cut, precision)
+    assert told is not None
+    return told
+
+
 def main(what: str, first: str, last: str, *options: str) -> None:
     seeds, given = range(int(first), int(last)), dict(option.split("=") for option in options)
     names = given["models"].split(",") if "models" in given else models.names()
@@ -266,6 +336,10 @@ def main(what: str, first: str, last: str, *options: str) -> None:
             tokens = [int(m) for m in given.get("tokens", "1,7,33,64").split(",")]
             grids = [parse_grid(text) for text in given["grids"].split(",")] if "grids" in given else TP_SIZES
             clean(seeds, tokens=tokens, grids=grids, size=size, names=names)
+        elif what == "projection":
+            tokens = [int(m) for m in given.get("tokens", "128,200,512").split(",")]
+            grids = [parse_grid(text) for text in given.get("grids", "tp1,tp4").split(",")]
+            projection(seeds, tokens=tokens, grids=grids, size=size, names=names)
         elif what == "routers":
             routers(seeds, names=names)
         else:

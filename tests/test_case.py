@@ -54,7 +54,10 @@ def cases(draw: st.DrawFn) -> Case:
         chosen["size"] = "twin"
     if page.real.routing.routed_scaling_factor is None:
         chosen["s"] = "twin"
-    grid, split = draw(st.sampled_from(fitting(getattr(page, chosen["size"])))), None
+    if chosen["size"] == "labels":
+        chosen["quant"] = "none"
+    fit = GRIDS if chosen["size"] == "labels" else fitting(getattr(page, chosen["size"]))
+    grid, split = draw(st.sampled_from(fit)), None
     if grid.dp > 1 and draw(st.booleans()):
         counts = st.integers(0, draw(st.sampled_from((1, 9, MAX_TOKENS // grid.dp))))
         split = tuple(draw(st.lists(counts, min_size=grid.dp, max_size=grid.dp)))

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from harness.case import Case, Grid, parse, parse_grid
-from harness.check import check, whole_output
+from harness.check import check
 from harness.compare import DEVIATION_LIMIT, RUN_LIMIT, compare, near_ties
 from harness.execution import RankOutput
 from harness.finding import Verdict
+from harness.outputs import whole_output
 from harness.problem import Problem, problem, ways
 from harness.systems import resolve
 from reference.moe import Choice, forward

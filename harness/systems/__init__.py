@@ -39,6 +39,9 @@ class System(Protocol):
     name: str
     foreign: bool
 
+    def __hash__(self) -> int:
+        """What a system was probed for is remembered by the object."""
+
     def supports(self, case: Case) -> str | None:
         """None if the system has this layer, else the reason in a few words: the case is then not-applicable."""
 

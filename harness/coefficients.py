@@ -1,0 +1,134 @@
+"""Reads the output of a labelled layer column by column: whose shard counts how often, times what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from harness.algebra import Evidence, Reading, fit_symbol, law, symbol_values
+from harness.errors import ranks_text
+from harness.labels.columns import Block, Labels
+from harness.parts import LETTERS
+from harness.recover import numbers_text
+
+
+def read_coefficients(evidence: Evidence, rank: int) -> Reading | None:
+    """One rank's factors by part and share. None where a share has several, or where a column should be 0 and is not."""
+    given = evidence.given
+    lawful, names = law(given), symbol_values(given.spec.scale, evidence.layout.sizes)
+    held_M, law_MH = evidence.held_RM[rank], given.stages.output_MH
+    if bool(((law_MH == 0) & (evidence.outputs[rank] != 0))[held_M].any()):
+        return None
+    ratio_MH = torch.where(law_MH != 0, evidence.outputs[rank] / law_MH, torch.nan)[held_M]
+    found: dict[str, dict[int, set[str]]] = {}
+    for block, expert, row, column in _columns(_labels(evidence)):
+        values = ratio_MH[:, column]
+        values = values[~values.isnan()]
+        if block.part not in lawful or len(values) == 0:
+            continue
+        wanted = given.spec.scale if lawful[block.part] == "s" else 1.0
+        symbols = found.setdefault(block.part, {}).setdefault(_share(evidence, block, expert, row), set())
+        symbols |= {fit_symbol(float(v) * wanted, 0.0, names, given.dtype) for v in (values.min(), values.max())}
+    return _joined(evidence, rank, found, lawful)
+
+
+def _joined(
+    evidence: Evidence, rank: int, found: dict[str, dict[int, set[str]]], lawful: dict[str, str]
+) -> Reading | None:
+    layout, symbols, own_only, uneven = evidence.layout, dict(lawful), set(), {}
+    for part, shares in found.items():
+        if any(len(of) > 1 for of in shares.values()):
+            return None
+        by_share = {share: next(iter(of)) for share, of in shares.items()}
+        mine = None if evidence.ranks_agree else layout.own(part, rank)
+        if len(set(by_share.values())) == 1:
+            symbols[part] = next(iter(by_share.values()))
+        elif mine in by_share and {symbol for share, symbol in by_share.items() if share != mine} == {"0"}:
+            symbols[part] = by_share[mine]
+            own_only.add(part)
+        else:
+            symbols[part] = "uneven"
+            uneven[part] = tuple(by_share.get(share, "?") for share in range(layout.shares(part)))
+    return Reading(symbols, frozenset(own_only), uneven)
+
+
+def _labels(evidence: Evidence) -> Labels:
+    labels = evidence.given.labels
+    assert labels is not None  # the caller's case has size=labels
+    return labels
+
+
+def _columns(labels: Labels) -> Iterator[tuple[Block, int, int, int]]:
+    """(block, expert, row, column) of every source; of copies the first, where all are added up."""
+    for block in labels.blocks:
+        for expert in range(block.count):
+            for row in range(1 if block.copied else block.each):
+                yield block, expert, row, block.first + expert * block.each + row
+
+
+def _share(evidence: Evidence, block: Block, expert: int, row: int) -> int:
+    """Which of a part's shares a column belongs to: the rank that holds it, of the shared experts the tp rank."""
+    grid, owners = evidence.layout.grid, evidence.layout.owners
+    if block.copied:
+        return 0
+    if block.part == "shared":
+        return row * grid.tp // block.each
+    first = 0 if owners is None or grid.ep == 1 else owners[expert] * grid.moe_tp
+    return first + row * grid.moe_tp // block.each
+
+
+@dataclass(slots=True)
+class _Off:
+    """Where sources of one kind are off by one factor."""
+
+    experts: set[int] = field(default_factory=set)
+    ranks: set[int] = field(default_factory=set)
+    tokens: set[int] = field(default_factory=set)
+
+
+def sources(evidence: Evidence, beyond_RMH: Tensor) -> str:
+    """Every kind of source that is off, with its factor, experts, ranks and tokens, in one sentence; three at most.
+
+    beyond_RMH: bool, the coefficients that are wrong.
+    """
+    off: dict[tuple[str, str], _Off] = {}
+    known_H = torch.zeros(beyond_RMH.shape[2], dtype=torch.bool)
+    for block, expert, _, column in _columns(_labels(evidence)):
+        known_H[column] = True
+        for rank, token in beyond_RMH[:, :, column].nonzero().tolist():
+            told = off.setdefault((_who(block), _counted(evidence, block, rank, token, column)), _Off())
+            told.experts.add(expert)
+            told.ranks.add(rank)
+            told.tokens.add(token)
+    sentences = []
+    for (who, counted), at in list(off.items())[:3]:
+        experts = (
+            f" of expert{'s' if len(at.experts) > 1 else ''} {numbers_text(sorted(at.experts))}"
+            if who[0] in "RB"
+            else ""
+        )
+        where = "" if len(at.ranks) == len(evidence.outputs) else f" on {ranks_text(sorted(at.ranks))}"
+        sentences.append(f"{who}{experts} {counted}{where} in tokens {numbers_text(sorted(at.tokens))}")
+    if len(off) > 3:
+        sentences.append(f"{len(off) - 3} more kinds of source are off")
+    if bool(beyond_RMH[:, :, ~known_H].any()):
+        sentences.append("columns that no expert writes are not 0: the layer adds its input or another buffer")
+    return "; ".join(sentences)
+
+
+def _who(block: Block) -> str:
+    return f"{LETTERS[block.part]}{' (vision)' if block.tensor.startswith('vision_') else ''}"
+
+
+def _counted(evidence: Evidence, block: Block, rank: int, token: int, column: int) -> str:
+    given = evidence.given
+    found, right = float(evidence.outputs[rank][token, column]), float(given.stages.output_MH[token, column])
+    if right == 0:
+        return "comes in"
+    lawful = law(given).get(block.part, "1")
+    names = symbol_values(given.spec.scale, evidence.layout.sizes)
+    factor = found / right * (given.spec.scale if lawful == "s" else 1.0)
+    return f"counts {fit_symbol(factor, 0.0, names, given.dtype)} instead of {lawful}"

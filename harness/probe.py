@@ -1,0 +1,133 @@
+"""The decodable probe: one forward of the labelled twin, read as the list of who was added how often, times what.
+
+Exact where s and the weights are exact in the dtype, within 4 u elsewhere; a coefficient further off still counts as
+rounding within the certified bound of the error analysis. It is a test at one point (positive labels, saturated
+activations): signs, magnitudes and what branches on a partial sum are the generic run's.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from harness.algebra import Evidence
+from harness.case import Case
+from harness.coefficients import read_coefficients, sources
+from harness.diagnose import algebra_sentence
+from harness.errors import CouldNotRun
+from harness.execution import Run, run_system
+from harness.outputs import evidence, whole_output
+from harness.problem import Problem, Ways, problem, ways
+from harness.recover import numbers_text
+from harness.systems import System
+from reference.rounding import analyse
+from reference.spec import RouterPrecision
+
+LIMIT = 4.0  # of u = half a unit in the last place of 1, relative to the coefficient
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """verdict: "exact" or "rounded" coefficients, "wrong" ones, or "not-run" with the reason as its sentence.
+
+    coefficients: how many were read, over all ranks and tokens.    exact: how many without any error.
+    worst: the largest error in u.
+    not_exercised: sources that no token reached.    symbols: part -> factor, where one holds for all of a part.
+    """
+
+    verdict: Literal["exact", "rounded", "wrong", "not-run"]
+    sentence: str
+    family: str | None = None
+    coefficients: int = 0
+    exact: int = 0
+    worst: float = 0.0
+    not_exercised: tuple[str, ...] = ()
+    symbols: dict[str, str] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, object]:
+        return {"verdict": self.verdict, "told": self.sentence}
+
+
+def labelled_case(case: Case) -> Case:
+    """The labelled case that goes with a case: its grid, dtype and options, tokens of its own."""
+    return replace(case, size="labels", quant="none", tokens=0, split=None, seed=0)
+
+
+@functools.lru_cache(maxsize=4096)
+def probe(labelled: Case, system: System) -> Probe:
+    """Run and read a labelled case on a system that supports it; remembered, since it depends on nothing else."""
+    try:
+        reason = system.supports(labelled)
+        if reason is not None:
+            return Probe("not-run", reason)
+        given = problem(labelled)
+        run = run_system(labelled, system, given)
+    except CouldNotRun as error:
+        return Probe("not-run", str(error))
+    if run.broken is not None:
+        return Probe("not-run", run.broken[1])
+    return read(labelled, system, given, run)
+
+
+def read(case: Case, system: System, given: Problem, run: Run) -> Probe:
+    """Read the coefficients of a labelled run on every rank, and say what is wrong with them."""
+    outputs = [whole_output(out, given) for out in run.ranks]
+    found_RMH, law_MH = torch.stack(outputs), given.stages.output_MH
+    u = torch.finfo(given.dtype).eps / 2
+    off_RMH = (found_RMH - law_MH).abs()
+    beyond_RMH = ~(off_RMH <= LIMIT * u * law_MH.abs())  # the negation also catches NaN
+    if bool(beyond_RMH.any()):
+        beyond_RMH &= ~(off_RMH <= _bound(given, ways(given.spec, case.grid), system.precision(given.spec)))
+    due_MH = law_MH != 0
+    count, silent = int(due_MH.sum()) * len(outputs), _not_exercised(given)
+    if bool(beyond_RMH.any()):
+        return _wrong(evidence(case, system, given, run, outputs, beyond_RMH.any(-1)), beyond_RMH, count, silent)
+    same = [
+        (out == (law_MH * r.unit).to(given.dtype).double() / r.unit) & due_MH
+        for out, r in zip(outputs, run.ranks, strict=True)
+    ]
+    exact, worst = int(torch.stack(same).sum()), _worst(off_RMH, u * law_MH.abs())
+    rest = "" if exact == count else f", the others within {worst:.1f} u"
+    told = f"; not exercised: {', '.join(silent)}" if silent else ""
+    verdict: Literal["exact", "rounded"] = "exact" if exact == count else "rounded"
+    return Probe(verdict, f"{count} coefficients: {exact} exact{rest}{told}", None, count, exact, worst, silent)
+
+
+def _worst(off_RMH: Tensor, unit_MH: Tensor) -> float:
+    return float((off_RMH / unit_MH).nan_to_num(0.0).amax()) if off_RMH.numel() else 0.0
+
+
+@functools.lru_cache(maxsize=64)
+def _bound(given: Problem, cut: Ways, precision: RouterPrecision) -> Tensor:
+    """The certified bound of each element, float64 [M, H]."""
+    x_MH, is_vision = given.tokens.hidden_states, given.tokens.is_vision
+    return analyse(
+        given.spec, given.exact, x_MH, given.stages, cut.routed, precision, is_vision, shared_tp=cut.shared
+    ).bound_MH
+
+
+@functools.lru_cache(maxsize=64)
+def _not_exercised(given: Problem) -> tuple[str, ...]:
+    labels, reached_H = given.labels, (given.stages.output_MH != 0).any(0)
+    assert labels is not None  # the caller's case has size=labels
+    silent = []
+    for block in labels.blocks:
+        columns = reached_H[block.first : block.stop].view(block.count, block.each).any(1)
+        missed = (~columns).nonzero()[:, 0].tolist()
+        if missed:
+            silent.append(block.part if block.count == 1 else f"{block.part} of {numbers_text(missed)}")
+    return tuple(silent)
+
+
+def _wrong(seen: Evidence, beyond_RMH: Tensor, count: int, silent: tuple[str, ...]) -> Probe:
+    """By the factors of whole parts where they explain all of it, else source by source."""
+    held = [rank for rank in range(len(seen.outputs)) if bool(seen.held_RM[rank].any())]
+    readings = {rank: reading for rank in held if (reading := read_coefficients(seen, rank)) is not None}
+    if len(readings) == len(held) and all(reading.is_symbolic for reading in readings.values()):
+        cause = algebra_sentence(seen, readings)
+        return Probe("wrong", cause.sentence, cause.family, count, 0, torch.inf, silent, dict(cause.coefficients))
+    return Probe("wrong", sources(seen, beyond_RMH), None, count, 0, torch.inf, silent)
