@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
-from harness.case import parse
-from harness.execution import run_system
-from harness.faults.bars import BARS, CLEAN, NONSENSE, OURS, Close, Count, judge, of_lines, of_nonsense, tally
-from harness.problem import problem
-from harness.systems import resolve
+from harness.errors import UsageError
+from harness.faults.bars import (
+    BARS,
+    CLEAN,
+    NONSENSE,
+    OURS,
+    Close,
+    Count,
+    Matrix,
+    judge,
+    main,
+    of_cases,
+    of_summary,
+    tally,
+)
 
 NAMES = {bar.name for bar in BARS}
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -38,14 +46,12 @@ SOMETIMES = {"x1.05": {"vLLM layer", "vLLM modular"}}
 
 def verdicts(text: str) -> dict[str, bool]:
     """Of the runner, which is right."""
-    case, runner = parse(text), resolve("runner")
-    given = problem(case)
-    run = run_system(case, runner, given)
-    y_MH, outputs = given.stages.output_MH, []
-    for out in run.ranks:
-        outputs.append(y_MH.clone())
-        outputs[-1][out.rows] = out.output.double() / out.unit
-    return judge(outputs, y_MH, given.tokens.hidden_states.dtype, [out.rows for out in run.ranks])
+    return {name: count.passed == 1 for name, count in of_cases([text]).cells[CLEAN].items()}
+
+
+@cache
+def nonsense() -> Matrix:
+    return of_cases([case.format("bf16") for case in CASES])
 
 
 def bar(name: str):
@@ -81,7 +87,7 @@ def test_right_layers_in_bf16_fail_bars_that_know_neither_size_nor_near_ties(cas
 
 @pytest.mark.parametrize("name", NONSENSE)
 def test_each_bar_lets_pass_the_nonsense_that_the_docs_say_it_does(name):
-    counts = of_nonsense([case.format("bf16") for case in CASES]).cells[name]
+    counts = nonsense().cells[name]
     passed = {each for each, count in counts.items() if count.passed == count.planted}
     partly = {each for each, count in counts.items() if 0 < count.passed < count.planted}
     assert passed == ALWAYS[name]
@@ -187,31 +193,39 @@ def test_a_matrix_counts_each_bar_by_family_and_keeps_right_layers_apart():
         ]
     )
     assert matrix.cells["B3"] == {"torch": Count(1, 2), "cosine": Count(2, 2)}
-    assert matrix.faulty == {"torch": Count(1, 3), "cosine": Count(3, 3)}
-    assert [line[0] for line in matrix.lines()] == [CLEAN, "B3", "B10", "all faults", "let pass"]
+    assert matrix.wrong == {"torch": Count(1, 3), "cosine": Count(3, 3)}
+    assert [line[0] for line in matrix.lines()] == [CLEAN, "B3", "B10", "all", "let pass"]
     assert matrix.markdown().splitlines()[-1] == "| let pass | 33.3 % | 100.0 % |"
     assert matrix.table().row_count == 5
 
 
-LINES = [
-    {"family": "A1", "name": "twice", "found": True, "bars": {"torch": False, "cosine": True}},
-    {"family": None, "name": "clean", "found": False, "bars": {"torch": True, "cosine": True}},
-    {"summary": "2 runs"},
-]
+SUMMARY = {"faults": 2, "bars": {"A1": {"torch": [0, 3], OURS: [0, 3]}, "A2": {"torch": [1, 2], OURS: [0, 2]}}}
+PRINTED = f'{{"fault": "factor_twice", "planted": 3}}\n{json.dumps({"summary": SUMMARY})}\n'
 
 
-def test_what_the_faults_verb_writes_becomes_a_matrix_with_this_harness_as_one_more_judge():
-    matrix = of_lines(map(json.dumps, LINES))
-    assert matrix.bars == ("torch", "cosine", OURS)
-    assert matrix.cells["A1"][OURS] == Count(0, 1)
-    assert matrix.cells[CLEAN][OURS] == Count(1, 1)
+def test_the_summary_of_the_faults_verb_becomes_a_matrix_with_this_harness_as_one_more_judge():
+    matrix = of_summary(PRINTED)
+    assert matrix.bars == ("torch", OURS)
+    assert matrix.cells["A2"]["torch"] == Count(1, 2)
+    assert matrix.by_stage.cells == {"A scale": {"torch": Count(1, 5), OURS: Count(0, 5)}}
 
 
-def test_the_module_prints_the_table_of_a_file_as_markdown(tmp_path: Path):
+@pytest.mark.parametrize("text", ["", "not json", '{"summary": {"faults": 3}}', '{"fault": "x"}', "[1]"])
+def test_a_file_without_a_matrix_is_refused_with_what_stands_there(text):
+    with pytest.raises(UsageError, match="no kill matrix in the last of 1 lines"):
+        of_summary(text)
+
+
+def test_the_module_prints_the_table_of_a_file_as_markdown(tmp_path, capsys):
     file = tmp_path / "faults.jsonl"
-    file.write_text("\n".join(map(json.dumps, LINES)))
-    done = subprocess.run(
-        [sys.executable, "-m", "harness.faults.bars", str(file)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines()[0] == f"| passes | torch | cosine | {OURS} |"
-    assert "| A1 | 0/1 | 1/1 | 0/1 |" in done.stdout.splitlines()
+    file.write_text(PRINTED)
+    assert main([str(file), "--stages"]) == 0
+    assert "| A scale | 1/5 | 0/5 |" in capsys.readouterr().out.splitlines()
+    assert main([str(tmp_path / "absent")]) == 2
+    assert "absent" in capsys.readouterr().err
+
+
+def test_the_module_prints_what_bars_make_of_right_layers_and_of_nonsense(capsys):
+    assert main(["gpt_oss@tp2.bf16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {row}" for row in (CLEAN, *NONSENSE, "all", "let pass")]

@@ -9,18 +9,24 @@ fp32 too, where they see least. docs/kill_matrix.md has the table.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from harness.case import parse
+from harness.errors import HarnessError, UsageError
+from harness.execution import run_system
+from harness.problem import problem
+from harness.systems.runner import RunnerSystem
 
 Rule = Callable[[Tensor, Tensor, torch.dtype], bool]
 
@@ -195,6 +201,9 @@ NONSENSE: dict[str, Callable[[Tensor], Tensor]] = {
     "NaN": lambda y: torch.full_like(y, torch.nan),
 }
 
+STAGES = {
+    "A": "scale", "B": "reduce", "C": "order", "D": "routing", "E": "shared", "F": "expert", "G": "shape",
+}  # fmt: skip
 CLEAN = "right layers"
 OURS = "moe-harness"
 
@@ -222,8 +231,8 @@ class Matrix:
         return (*known, *(bar for bar in seen if bar not in known))
 
     @property
-    def faulty(self) -> Mapping[str, Count]:
-        """For each bar all faults together."""
+    def wrong(self) -> Mapping[str, Count]:
+        """For each bar all rows but CLEAN together."""
         rows = [counts for row, counts in self.cells.items() if row != CLEAN]
         return {bar: _sum(counts.get(bar, Count()) for counts in rows) for bar in self.bars}
 
@@ -231,9 +240,22 @@ class Matrix:
         """A row's name and its counts: right layers, the families, all of them together, the same in per cent."""
         rows = sorted(self.cells, key=_order)
         told = [(row, *(str(self.cells[row].get(bar, "")) for bar in self.bars)) for row in rows]
-        total = self.faulty
-        told.append(("all faults", *(str(total[bar]) for bar in self.bars)))
+        total = self.wrong
+        told.append(("all", *(str(total[bar]) for bar in self.bars)))
         return [*told, ("let pass", *(_per_cent(total[bar]) for bar in self.bars))]
+
+    @property
+    def by_stage(self) -> Matrix:
+        """Families of one stage of the layer together."""
+        cells: dict[str, list[Mapping[str, Count]]] = {}
+        for row, counts in self.cells.items():
+            cells.setdefault(f"{row[0]} {STAGES[row[0]]}" if _is_family(row) else row, []).append(counts)
+        return Matrix(
+            {
+                row: {bar: _sum(each.get(bar, Count()) for each in listed) for bar in self.bars}
+                for row, listed in cells.items()
+            }
+        )
 
     def markdown(self) -> str:
         head = ("passes", *self.bars)
@@ -262,28 +284,32 @@ def tally(judged: Iterable[tuple[str, Mapping[str, bool]]]) -> Matrix:
     return Matrix(cells)
 
 
-def of_lines(lines: Iterable[str]) -> Matrix:
-    """The matrix of what `moe-harness faults --json` printed: lines with "family" (null: a right layer) and "bars".
+def of_summary(text: str) -> Matrix:
+    """The matrix in what `moe-harness faults --json` printed. UsageError if its last line has none."""
+    lines = text.split("\n")
+    last = next((line for line in reversed(lines) if line.strip()), "nothing")
+    try:
+        cells = json.loads(last)["summary"]["bars"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"no kill matrix in the last of {len(lines)} lines, {last[:60]!r}: "
+            "expected the summary that moe-harness faults --json ends with"
+        ) from error
+    return Matrix({row: {bar: Count(*counts) for bar, counts in told.items()} for row, told in cells.items()})
 
-    A line that also has "found" tells what this harness made of the same output: a column of its own.
-    """
-    entries = [entry for entry in map(json.loads, filter(str.strip, lines)) if entry.get("bars") is not None]
-    ours = [{OURS: not entry["found"]} if "found" in entry else {} for entry in entries]
-    return tally(
-        (CLEAN if entry["family"] is None else entry["family"], {**entry["bars"], **own})
-        for entry, own in zip(entries, ours, strict=True)
-    )
 
+def of_cases(cases: Sequence[str]) -> Matrix:
+    """What each bar makes of the right layer of some cases, and of NONSENSE in place of its output."""
+    runner = RunnerSystem()
 
-def of_nonsense(cases: Sequence[str]) -> Matrix:
-    """Whether each bar lets pass what NONSENSE makes of the right outputs of some cases."""
-    from harness.case import parse
-    from harness.problem import problem
-
-    def judged() -> Iterable[tuple[str, Mapping[str, bool]]]:
+    def judged() -> Iterator[tuple[str, Mapping[str, bool]]]:
         for case in map(parse, cases):
             given = problem(case)
             y_MH = given.stages.output_MH
+            outputs = [y_MH.clone() for _ in range(case.grid.ranks)]
+            for whole_MH, out in zip(outputs, run_system(case, runner, given).ranks, strict=True):
+                whole_MH[out.rows] = out.output.double() / out.unit
+            yield CLEAN, judge(outputs, y_MH, given.tokens.hidden_states.dtype, case.rows)
             for name, make in NONSENSE.items():
                 yield name, judge([make(y_MH)], y_MH, given.tokens.hidden_states.dtype)
 
@@ -299,34 +325,34 @@ def _per_cent(count: Count) -> str:
     return f"{100 * count.passed / count.planted:.1f} %" if count.planted else ""
 
 
+def _is_family(row: str) -> bool:
+    return re.fullmatch(r"[A-G]\d+", row) is not None
+
+
 def _order(row: str) -> tuple[int, str, int]:
     """CLEAN first, then B3 before B10, then words in the order of NONSENSE."""
-    family = re.fullmatch(r"([A-Z])(\d+)", row)
     if row == CLEAN:
         return (0, "", 0)
-    if family is not None:
-        return (1, family[1], int(family[2]))
+    if _is_family(row):
+        return (1, row[0], int(row[1:]))
     return (2, "", list(NONSENSE).index(row)) if row in NONSENSE else (3, row, 0)
 
 
-_USAGE = """python -m harness.faults.bars FILE      the table of what moe-harness faults --json wrote there (- for stdin)
-python -m harness.faults.bars CASE ...  what each bar makes of zeros, of the negation, ... in place of a case's output"""
-
-
 def main(arguments: Sequence[str]) -> int:
-    """Print a matrix as markdown, or as a table where a person reads along."""
-    if not arguments:
-        print(_USAGE, file=sys.stderr)
+    """Print a matrix as markdown. Returns the exit code."""
+    parser = argparse.ArgumentParser("python -m harness.faults.bars", description="the kill matrix as markdown")
+    parser.add_argument(
+        "what", nargs="+", help="a file that moe-harness faults --json wrote, or cases to ask the bars about"
+    )
+    parser.add_argument("--stages", action="store_true", help="one row for a stage of the layer, not for each family")
+    asked = parser.parse_args(arguments)
+    try:
+        file = Path(asked.what[0])
+        matrix = of_cases(asked.what) if "@" in asked.what[0] else of_summary(file.read_text())
+    except (HarnessError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    if "@" in arguments[0]:
-        matrix = of_nonsense(arguments)
-    else:
-        text = sys.stdin.read() if arguments[0] == "-" else Path(arguments[0]).read_text()
-        matrix = of_lines(text.splitlines())
-    if sys.stdout.isatty():
-        Console().print(matrix.table())
-    else:
-        print(matrix.markdown())
+    print((matrix.by_stage if asked.stages else matrix).markdown())
     return 0
 
 

@@ -50,7 +50,8 @@ def _text(faults: Sequence[Fault], read: Sequence[Thread], *, whole: bool) -> It
             ("family", "fault", "computes", "case", "public references"),
             [(each.family, each.name, each.computes, each.case, ", ".join(each.references)) for each in faults],
         )
-    yield from ("", *_counted(faults, read)) if whole else ("", *_threads(read))
+        yield ""
+    yield from _counted(faults, read) if whole else _threads(read)
 
 
 def _threads(read: Sequence[Thread]) -> Iterator[str]:
@@ -71,15 +72,13 @@ def _counted(faults: Sequence[Fault], read: Sequence[Thread]) -> Iterator[str]:
     ]  # fmt: skip
     yield from _table(("family", "what goes wrong", "faults", "public bugs"), rows)
     yield ""
-    yield from _table(
-        ("public bugs", "that no layer here can show"),
-        [(str(why[key]), told) for key, told in REASONS.items() if why[key]],
-    )
-    shown = len(read) - why.total()
-    families = len({thread.family for thread in read} - {None})
+    reasons = [(key, told, str(why[key])) for key, told in REASONS.items() if why[key]]
+    yield from _table(("reason", "why no layer here shows them", "public bugs"), reasons)
+    absent = sum(found[family] for family in NOT_PLANTED)
     yield (
-        f"\n{len(faults)} faults in {len(planted)} families. {len(read)} public bugs: {shown} of {families} families, "
-        f"{why.total()} that no layer here can show. Those of a family or a reason: moe-harness faults --list B3 size"
+        f"\n{len(faults)} faults in {len(planted)} families. {len(read)} public bugs: {len(read) - why.total() - absent} of "
+        f"families that are planted, {absent} of families that are not, {why.total()} that no layer here shows. "
+        "Those of a family or a reason: moe-harness faults --list B3 size"
     )
 
 
