@@ -22,7 +22,8 @@ class Fault:
     family: as in docs/faults.md ("A1").    also: families that compute the same, where a diagnosis may say either.
     computes: the wrong formula.    references: public threads, "owner/repository#number".
     case: a case that shows it.    words: what the diagnosis of that case has to contain.
-    applies: whether the layer of a case has what the fault breaks.
+    applies: whether the layer of a case has what the fault breaks.    grids: what follows the model in the cases where
+    `moe-harness faults` plants it, as in "tp2.ep2.tokens33+kernel=deepep_ht"; () for those of its stage (bank.py).
     spec: the layer is built by other rules.    weights: from other weights, per rank.    layer: changed once built, on
     each branch of a layer that has two.    block: the model around the layer is changed.
     """
@@ -39,6 +40,10 @@ class Fault:
     weights: Callable[[MoESpec, dict[str, Tensor], Communicator], dict[str, Tensor]] | None = None
     layer: Callable[[FusedMoE, Communicator], None] | None = None
     block: Callable[[Layer, Communicator], Layer] | None = None
+    grids: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class FaultyRunner(RunnerSystem):
