@@ -1,0 +1,70 @@
+"""Faults of routing, shared experts, experts and shape: each one's own case is rejected, with its words and its family."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.case import parse
+from harness.check import check
+from harness.faults import expert, routing, shape, shared
+from harness.faults.fault import FaultyRunner
+from harness.finding import Verdict
+from harness.systems.runner import RunnerSystem
+
+BY_STAGE = {"D": routing.FAULTS, "E": shared.FAULTS, "F": expert.FAULTS, "G": shape.FAULTS}
+FAULTS = {fault.name: fault for faults in BY_STAGE.values() for fault in faults}
+
+# What stays without a family on its own case, and why; everything else has to be named.
+NAMELESS = {
+    # bytes read in another type: other experts or weights, by no rule
+    "bias_read_as_bf16", "bf16_logits_read_as_fp32", "ids_read_as_int32", "w2_read_transposed",
+    # numbers from outside the call
+    "copies_never_loaded", "bias_for_nobody", "stale_without_work",
+    # the call fails, which needs no arithmetic
+    "a_row_for_no_rows", "no_rows_refused",
+    # rules that the diagnosis does not try
+    "bias_taken_off_again", "scores_in_bf16_before_the_choice", "every_expert", "first_choice_again", "lists_off_by_one",
+    "weight_on_both_sides", "shared_slot_given_to_an_expert", "shared_in_latent_width", "activation_constants_lost",
+    "both_biases_dropped",
+    # three rules that are one function: whichever is told is right
+    "always_renormalised",
+}  # fmt: skip
+ROWS = {
+    "D": {*range(1, 13), 13, 15},  # 13: how many are chosen; no page routes by hash or to identity experts
+    "E": set(range(1, 7)),
+    "F": set(range(1, 10)),
+    "G": {1, 2, 3, 4, 5, 6, 7, 9},  # 8 needs offsets beyond 2^31
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_rejected_on_its_own_case_and_told_in_its_words(name: str):
+    fault = FAULTS[name]
+    finding = check(parse(fault.case), FaultyRunner(fault))
+    assert finding.verdict is Verdict.MISMATCH, finding.diagnosis
+    assert fault.words in finding.diagnosis, finding.diagnosis
+    allowed = {None} if name in NAMELESS else {fault.family, *fault.also}
+    assert finding.family in allowed, finding.diagnosis
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_case_that_shows_a_fault_has_what_it_breaks_and_is_ok_without_it(name: str):
+    fault, case = FAULTS[name], parse(FAULTS[name].case)
+    assert fault.applies(case)
+    assert RunnerSystem().supports(case) is None
+    assert check(case, RunnerSystem()).verdict is Verdict.OK
+
+
+@pytest.mark.parametrize("stage", BY_STAGE)
+def test_every_family_that_one_layer_can_show_has_a_fault(stage: str):
+    families = {fault.family for fault in BY_STAGE[stage]}
+    assert {f"{stage}{row}" for row in ROWS[stage]} <= families
+
+
+def test_names_are_unique_and_every_fault_cites_a_public_thread():
+    everything = [fault for faults in BY_STAGE.values() for fault in faults]
+    assert len(FAULTS) == len(everything)
+    for fault in everything:
+        assert fault.references, fault.name
+        assert all("#" in thread and "/" in thread for thread in fault.references), fault.name
+        assert fault.words, fault.name
