@@ -109,13 +109,17 @@ def test_each_part_of_a_text_says_what_the_default_does_not(case):
     alone = [name for name in DEFAULTS if name not in ("model", "grid", "tokens", "split")]
     differing = [name for name in alone if getattr(case, name) != DEFAULTS[name]]
     sizes = [size for size in (case.grid.tp, case.grid.ep, case.grid.dp, case.grid.sp) if size != 1]
-    rows = case.split is not None or case.tokens != DEFAULTS["tokens"]
+    planned = case.size == "labels"  # its tokens go without saying
+    rows = not planned and (case.split is not None or case.tokens != DEFAULTS["tokens"])
     assert len(middle) + len(options) == len(differing) + len(sizes) + rows
 
 
 @given(case=cases())
 def test_the_spec_of_a_case_differs_from_its_page_in_s_alone(case):
     page = models.load(case.model)
+    if case.size == "labels":
+        assert case.spec == replace(case.labels.spec)
+        return
     spec = getattr(page, case.size)
     factor = (page.real if case.s == "real" else spec).routing.routed_scaling_factor
     with_factor = replace(spec, routing=replace(spec.routing, routed_scaling_factor=factor))

@@ -77,9 +77,9 @@ def make_tokens(labels: Labels, dp: int, dtype: torch.dtype) -> Tokens:
 
 
 def token_label(experts: Experts, number: int) -> float:
-    """1, 2, 4 in turn; 1 less than twice that where a bias of 1 raises it."""
+    """1, 2, 4 in turn; 1, 3, 7 where a bias of 1 raises it on its way."""
     label = 2.0 ** (number % 3)
-    return 2 * label - 1 if experts.bias else label
+    return 2 * label - 1 if experts.bias or experts.latent_bias else label
 
 
 def _row(labels: Labels, routing: Routing, visit: Visit, number: int) -> Tensor:
@@ -132,9 +132,10 @@ def _branch(labels: Labels, prefix: str, routing: Routing, experts: Experts) -> 
         made["b2"] = _one_hot(labels, f"{prefix}b2", torch.full((count, 1), raised))[..., 0]
     if latent:
         made |= {"fc1_latent": 2 * torch.eye(hidden), "fc2_latent": torch.eye(hidden) / 2}
-        if experts.latent_bias:  # the constant's second half comes from the bias
-            made["fc1_latent"][CONST, CONST] = 1.0
-            made["fc1_latent_bias"] = torch.eye(hidden)[CONST]
+        if experts.latent_bias:  # the second half of the constant comes from the bias, and so does 1 of the label
+            for column in (CONST, LABEL):
+                made["fc1_latent"][column, column] = 1.0
+            made["fc1_latent_bias"] = torch.eye(hidden)[CONST] + torch.eye(hidden)[LABEL]
     return made
 
 

@@ -80,7 +80,7 @@ def test_json_has_one_finding_a_line_and_its_repro_command_shows_it_again(comman
         ("layers.py:chatty", "mixtral@tp2"): "ok",
         ("layers.py:chatty", "mixtral@tp2.bf16.tokens0"): "ok",
         ("layers.py:wrong", "mixtral@tp2"): "mismatch",
-        ("layers.py:wrong", "mixtral@tp2.bf16.tokens0"): "ok",  # nothing to be wrong about
+        ("layers.py:wrong", "mixtral@tp2.bf16.tokens0"): "mismatch",  # the probe brings tokens of its own
         ("layers.py:dying", "mixtral@tp2"): "mismatch",
         ("layers.py:dying", "mixtral@tp2.bf16.tokens0"): "mismatch",
     }
@@ -162,7 +162,7 @@ def test_a_grid_with_unequal_shares_is_a_case_like_any_other_and_its_repro_shows
         ("layers.py:good", grid): "ok",  # it reduces over tp and knows no other group
         ("layers.py:good", empty): "ok",
         ("layers.py:wrong", grid): "mismatch",
-        ("layers.py:wrong", empty): "ok",
+        ("layers.py:wrong", empty): "mismatch",  # the probe brings tokens of its own
     }
     assert done.returncode == 1
     wrong = found["layers.py:wrong", grid]
