@@ -1,8 +1,9 @@
-"""Is an output within rounding of the law? The row rule, and for near ties the list of legal routes.
+"""Is an output within rounding of the law? The row rule; for near ties the list of legal routes; for many rows a projection.
 
 A row is wrong if its error exceeds RUN_LIMIT times that of the worse naive run *and* DEVIATION_LIMIT times the standard
 deviation that the error analysis expects. Rows past the first limit whose choice of experts was a near tie are compared
-with every legal choice instead. Both limits are measured: docs/tolerance.md.
+with every legal choice instead. Where all rows of a large half-precision case are right, projection.py looks for what
+only many of them show. All limits are measured: docs/tolerance.md.
 """
 
 from __future__ import annotations
@@ -15,13 +16,29 @@ import torch
 from torch import Tensor
 
 from harness.problem import Problem, Ways
-from reference.moe import Choice, forward
-from reference.rounding import analyse, router_error
-from reference.routes import legal_routes, undecided_rows
+from harness.projection import DTYPES, FROM_TOKENS, LIMIT, Projected, project
+from harness.route_certificates import Certificate, certificate
+from reference.naive import naive
+from reference.rounding import RoundingErrors, analyse, router_error
+from reference.routes import undecided_rows
 from reference.spec import RouterPrecision
 
 RUN_LIMIT = 2.5
 DEVIATION_LIMIT = 1.5
+_ROUTES_TOLD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Worst:
+    """Absolute figures of the row and of the element that are furthest off, among those that were analysed.
+
+    error, allowed: L2 of the row and its limit.    element, bound: of one element, and its certified bound.
+    """
+
+    error: float
+    allowed: float
+    element: float
+    bound: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,23 +46,44 @@ class Comparison:
     """wrong_RM, undecided_RM: bool [ranks, M].    ratio: the largest row error in units of the worse naive run.
 
     deviations, bound: the same in units of the expected deviation and of the certified bound; None while no row passed
-    the first limit, since they are dear.    ties: rows that were right on another legal choice of experts.
+    the first limit, since they are dear.    worst: in units of y.    certain: a wrong row is beyond the certified bound,
+    which proves that no rounding made it.
+    certificates: of the rows beyond the limits that are near ties.
+    tolerance: the smallest rtol = atol with which torch.testing.assert_close would let the output pass; naive_tolerance:
+    the same of a clean naive run, for a wrong output.
+    projected: what many rows together say; None where nobody asked, since a row is wrong, in fp32 and for few tokens.
     """
 
     wrong_RM: Tensor
     undecided_RM: Tensor
     ratio: float
-    deviations: float | None
-    bound: float | None
-    ties: int
+    deviations: float | None = None
+    bound: float | None = None
+    worst: Worst | None = None
+    certain: bool = False
+    certificates: tuple[Certificate, ...] = ()
+    tolerance: float = 0.0
+    naive_tolerance: float | None = None
+    projected: Projected | None = None
 
     @property
     def wrong(self) -> bool:
+        """Whether a row is wrong; a projection may accuse where none is."""
         return bool(self.wrong_RM.any())
 
     @property
     def undecided(self) -> bool:
         return bool(self.undecided_RM.any())
+
+    @property
+    def ties(self) -> int:
+        """Rows that were right on another legal choice of experts."""
+        return sum(each.holds is True for each in self.certificates)
+
+    @property
+    def projection(self) -> Projected | None:
+        """Parts that count too often or too seldom, seen over many rows; None if there are none."""
+        return self.projected if self.projected is not None and self.projected.found else None
 
     def figures(self) -> dict[str, object]:
         told: dict[str, object] = {"row_error_over_naive": _short(self.ratio), "limit": RUN_LIMIT}
@@ -53,8 +91,21 @@ class Comparison:
             told |= {"row_error_over_deviation": _short(self.deviations), "deviation_limit": DEVIATION_LIMIT}
             told["error_over_certified_bound"] = _short(self.bound)
             told |= {"wrong_rows": int(self.wrong_RM.any(0).sum()), "rows": self.wrong_RM.shape[1]}
+        if self.wrong and self.worst is not None:
+            told |= {"certain": self.certain, "row_error": _short(self.worst.error)}
+            told |= {"row_error_allowed": _short(self.worst.allowed), "element_error": _short(self.worst.element)}
+            told["certified_bound"] = _short(self.worst.bound)
+        told["tolerance_needed"] = _short(self.tolerance)
+        if self.naive_tolerance is not None:
+            told["tolerance_of_naive_run"] = _short(self.naive_tolerance)
+        if self.projected is not None:
+            told |= {"projection": _short(self.projected.largest), "projection_limit": LIMIT}
+            told |= {f"factor of {each.name}": _short(each.factor) for each in self.projected.found}
         if self.ties:
             told["rows_on_another_legal_route"] = self.ties
+        unsettled = [each for each in self.certificates if each.holds is not True]
+        if unsettled:
+            told["routes"] = [each.as_dict() for each in unsettled[:_ROUTES_TOLD]]
         return told
 
 
@@ -64,38 +115,96 @@ def compare(given: Problem, outputs: Sequence[Tensor], ways: Ways, precision: Ro
     outputs: one [M, H] for each rank, float64, in units of y; the law's own rows where a rank has none.
     """
     found_RMH = torch.stack(list(outputs))
-    error_RM = (found_RMH - given.stages.output_MH).norm(dim=-1)
+    error_RMH = found_RMH - given.stages.output_MH
+    error_RM = error_RMH.norm(dim=-1)
     naive_M = given.naive_error(ways, precision)
     beyond_RM = ~(error_RM <= RUN_LIMIT * naive_M)  # the negation also catches NaN
     undecided_RM = torch.zeros_like(beyond_RM)
+    ratio, tolerance = _largest(error_RM, naive_M), tolerance_needed(error_RMH, given.stages.output_MH)
     if not beyond_RM.any():
-        return Comparison(beyond_RM, undecided_RM, _largest(error_RM, naive_M), None, None, 0)
+        projected = project_outputs(given, outputs, ways, precision)
+        return Comparison(beyond_RM, undecided_RM, ratio, tolerance=tolerance, projected=projected)
     tie_M = beyond_RM.any(0) & near_ties(given, precision)
     rows = _to_analyse(given, error_RM, naive_M, beyond_RM, tie_M)
     x_MH, is_vision = given.tokens.hidden_states, given.tokens.is_vision
     rounding = analyse(
-        given.spec, given.exact, x_MH, given.stages, ways.routed, precision, is_vision, rows, shared_tp=ways.shared,
-        packed=given.is_quantised,
+        given.spec, given.exact, x_MH, given.stages, ways.routed, precision, is_vision, rows, shared_tp=ways.shared
     )  # fmt: skip
     deviation_M = torch.zeros_like(naive_M).index_copy(0, rows, rounding.deviation_M)
     wrong_RM = beyond_RM & ~(error_RM <= DEVIATION_LIMIT * deviation_M)
-    miss = (found_RMH[:, rows] - given.stages.output_MH[rows]).abs() / rounding.bound_MH
-    ties = 0
+    allowed_M = torch.maximum(RUN_LIMIT * naive_M, DEVIATION_LIMIT * deviation_M)
+    certificates = []
     for row in (wrong_RM.any(0) & tie_M).nonzero()[:, 0].tolist():
-        allowed = max(RUN_LIMIT * float(naive_M[row]), DEVIATION_LIMIT * float(deviation_M[row]))
-        right = _on_a_legal_route(given, row, found_RMH[:, row], allowed, ways, precision)
-        if right is None:
+        allowed = float(allowed_M[row])
+        seen = certificate(given, row, found_RMH[:, row], allowed, DEVIATION_LIMIT, ways, precision)
+        certificates.append(seen)
+        if seen.holds is None:
             undecided_RM[:, row], wrong_RM[:, row] = wrong_RM[:, row], False
-        elif right:
-            wrong_RM[:, row], ties = False, ties + 1
+        elif seen.holds:
+            wrong_RM[:, row] = False
+    wrong = bool(wrong_RM.any())
     return Comparison(
         wrong_RM,
         undecided_RM,
-        _largest(error_RM, naive_M),
+        ratio,
         _largest(error_RM[:, rows], deviation_M[rows]),
-        float(miss.amax()),
-        ties,
+        float((error_RMH[:, rows].abs() / rounding.bound_MH).amax()),
+        _worst(error_RMH[:, rows], rounding, allowed_M[rows]),
+        _is_certain(given, error_RMH[:, rows], rounding, (wrong_RM & ~tie_M)[:, rows]),
+        tuple(certificates),
+        tolerance,
+        _naive_tolerance(given, ways, precision) if wrong else None,
+        None if wrong else project_outputs(given, outputs, ways, precision),
     )
+
+
+def tolerance_needed(error_RMH: Tensor, law_MH: Tensor) -> float:
+    """The smallest rtol = atol with which torch.testing.assert_close lets such an error pass; inf for NaN."""
+    if error_RMH.numel() == 0:
+        return 0.0
+    return float(torch.nan_to_num(error_RMH.abs() / (1 + law_MH.abs()), nan=torch.inf).amax())
+
+
+@functools.lru_cache(maxsize=64)
+def _naive_tolerance(given: Problem, ways: Ways, precision: RouterPrecision) -> float:
+    x_MH, stages, is_vision = given.tokens.hidden_states, given.stages, given.tokens.is_vision
+    runs = naive(given.spec, given.weights, x_MH, stages, ways.routed, precision, is_vision, shared_tp=ways.shared)
+    return tolerance_needed(torch.stack(runs).double() - stages.output_MH, stages.output_MH)
+
+
+def _worst(error_RmH: Tensor, rounding: RoundingErrors, allowed_m: Tensor) -> Worst:
+    error_Rm, bound_RmH = error_RmH.norm(dim=-1), rounding.bound_MH.expand_as(error_RmH)
+    row = torch.nan_to_num(error_Rm / allowed_m, nan=torch.inf).argmax()
+    element = torch.nan_to_num(error_RmH.abs() / bound_RmH, nan=torch.inf).argmax()
+    return Worst(
+        float(error_Rm.flatten()[row]),
+        float(allowed_m.expand_as(error_Rm).flatten()[row]),
+        float(error_RmH.abs().flatten()[element]),
+        float(bound_RmH.flatten()[element]),
+    )
+
+
+def _is_certain(given: Problem, error_RmH: Tensor, rounding: RoundingErrors, wrong_Rm: Tensor) -> bool:
+    """Whether a wrong row's error is beyond its bound. Overflow, which only fp16 is near to, no bound covers."""
+    beyond_RmH = ~(error_RmH.abs() <= rounding.bound_MH)
+    if given.dtype is torch.float16:
+        beyond_RmH &= error_RmH.isfinite()
+    return bool((beyond_RmH.any(-1) & wrong_Rm).any())
+
+
+def project_outputs(
+    given: Problem, outputs: Sequence[Tensor], ways: Ways, precision: RouterPrecision
+) -> Projected | None:
+    """What many rows together say of outputs as `compare` takes them: each token's worst rank, near ties left out.
+
+    None in fp32 and for few tokens. `compare` asks only where no row is wrong; a diagnosis may ask elsewhere too.
+    """
+    if given.dtype not in DTYPES or len(outputs[0]) < FROM_TOKENS:
+        return None
+    error_RMH = torch.stack(list(outputs)) - given.stages.output_MH
+    worst_M = error_RMH.norm(dim=-1).argmax(0)
+    error_MH = error_RMH[worst_M, torch.arange(len(worst_M))]
+    return project(given, error_MH, ~near_ties(given, precision), ways, precision)
 
 
 # An error beyond this many roundings of all addends together, times the root of the longest sum, is no rounding error:
@@ -128,53 +237,11 @@ def near_ties(given: Problem, precision: RouterPrecision) -> Tensor:
     return torch.where(tokens.is_vision, undecided_rows(spec.vision.routing, logits_ME, bias_E, delta_ME), text_M)
 
 
-def _on_a_legal_route(
-    given: Problem, row: int, found_RH: Tensor, allowed: float, ways: Ways, precision: RouterPrecision
-) -> bool | None:
-    """Whether what each rank has for that token is right on one of its legal routes; None if they are too many to list.
-
-    allowed: the error that the row may have on the oracle's own route. Another one may weigh its experts more, as where
-    a sparsemixer's mask changes, and then has a larger deviation.
-    """
-    spec, weights = given.spec, given.exact
-    x_1H, is_vision = given.tokens.hidden_states[row : row + 1], _rows(given.tokens.is_vision, slice(row, row + 1))
-    routing, prefix = spec.routing, ""
-    if spec.vision is not None and is_vision is not None and bool(is_vision[0]):
-        routing, prefix = spec.vision.routing, "vision_"
-    delta_E = router_error(spec, weights, x_1H, precision, is_vision)[0]
-    bias_E, factor_E = (weights.get(prefix + name) for name in ("e_score_correction_bias", "per_expert_scale"))
-    routes = legal_routes(routing, given.stages.logits_ME[row], bias_E, delta_E, factor_E)
-    if routes is None:
-        return None
-    every = Choice(*(torch.cat(parts) for parts in zip(*map(_parts, routes), strict=True)))
-    x_NH = x_1H.expand(len(routes), -1)  # N routes, as if they were as many tokens
-    is_vision = None if is_vision is None else is_vision.expand(len(routes))
-    stages = forward(spec, weights, x_NH, is_vision_M=is_vision, choice=every)
-    error_R, route_R = (found_RH[:, None] - stages.output_MH).norm(dim=-1).min(1)
-    if bool((error_R <= allowed).all()):
-        return True
-    if not bool((error_R <= 10 * allowed).all()):  # NaN, or no route can excuse it
-        return False
-    rounding = analyse(
-        spec, weights, x_NH, stages, ways.routed, precision, is_vision, route_R, shared_tp=ways.shared,
-        packed=given.is_quantised,
-    )  # fmt: skip
-    return bool((error_R <= (DEVIATION_LIMIT * rounding.deviation_M).clamp(min=allowed)).all())
-
-
-def _parts(choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
-    return choice.topk_ids_MK, choice.topk_weights_MK, choice.margin_M
-
-
 def _largest(error_RM: Tensor, unit_M: Tensor) -> float:
     """The largest ratio, where an error of exactly 0 counts as 0 whatever the unit."""
     if error_RM.numel() == 0:
         return 0.0
     return float(torch.where(error_RM == 0, 0.0, error_RM / unit_M).amax())
-
-
-def _rows(tensor: Tensor | None, rows: Tensor | slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
 
 
 def _short(value: float) -> float:

@@ -38,11 +38,13 @@ class RoundingErrors:
 
     variance_MH: the same by element, squared: deviation_M is the root of its sum.
     bound_MH: certified limit of each element's error.    All float64, absolute, in units of the output.
+    weights_MK: the deviation of each router weight, relative to it; such an error moves its whole row at once.
     """
 
     deviation_M: Tensor
     variance_MH: Tensor
     bound_MH: Tensor
+    weights_MK: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +201,12 @@ def analyse(
         stages.topk_ids_MK[rows_m],
         stages.topk_weights_MK[rows_m],
     )
-    variance_MH, bound_MH = torch.zeros_like(x_MH), torch.zeros_like(x_MH)
+    variance_MH, bound_MH, relative_MK = torch.zeros_like(x_MH), torch.zeros_like(x_MH), torch.zeros_like(weights_MK)
     for rows_M, routing, experts, named in _branches(spec, weights, is_vision_M, rows_m):
         x, ids = x_MH[rows_M], ids_MK[rows_M]
-        chosen_MK = _noisy_weights(x, named, ids, weights_MK[rows_M], routing, unit, precision)
+        weighed_MK = _noisy_weights(x, named, ids, weights_MK[rows_M], routing, unit, precision)
+        relative_MK[rows_M] = (weighed_MK.variance.sqrt() / weighed_MK.value.abs()).nan_to_num(0.0)
+        chosen_MK = weighed_MK.for_a_row()
         real_MK = Noisy.exact((ids < routing.num_experts).double())
         real_ids_MK, unpacked = ids.clamp(max=routing.num_experts - 1), unit if packed else None
         routed_RMH = _routed(x, named, real_ids_MK, chosen_MK * real_MK, routing, experts, tp, unit, unpacked)
@@ -218,7 +222,7 @@ def analyse(
             terms.append(_shared(x, named, spec.shared, shared_tp or tp, unit))
         total_MH = _joined(terms).summed(unit, max(tp, shared_tp or tp) + len(terms) - 1) * spec.output.share
         variance_MH[rows_M], bound_MH[rows_M] = total_MH.variance, total_MH.bound
-    return RoundingErrors(variance_MH.sum(1).sqrt(), variance_MH, bound_MH)
+    return RoundingErrors(variance_MH.sum(1).sqrt(), variance_MH, bound_MH, relative_MK)
 
 
 def router_error(
@@ -304,7 +308,7 @@ def _noisy_weights(
     noisy_MK = noisy_MK.stored(
         unit if precision.weights == "model" else _FP32, 2 * routing.renormalize + routing.per_expert_scale
     )
-    return noisy_MK.stored(unit).for_a_row()
+    return noisy_MK.stored(unit)
 
 
 def _shares(logits_ME: Tensor, ids_MK: Tensor, routing: Routing) -> Tensor:

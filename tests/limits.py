@@ -25,7 +25,7 @@ from torch.nn import functional
 from harness import models
 from harness.case import DTYPES, Case, Grid, parse_grid
 from harness.check import judge
-from harness.compare import DEVIATION_LIMIT, RUN_LIMIT, compare, near_ties
+from harness.compare import DEVIATION_LIMIT, RUN_LIMIT, compare, near_ties, project_outputs
 from harness.errors import UsageError
 from harness.execution import Run, run_system
 from harness.finding import Verdict
@@ -33,7 +33,6 @@ from harness.outputs import whole_output
 from harness.problem import Problem, Ways, problem, ways
 from harness.projection import DTYPES as PROJECTED
 from harness.projection import LIMIT as PROJECTION_LIMIT
-from harness.projection import Projected, project
 from harness.systems import System, resolve
 from harness.systems.foreign import ForeignSystem
 from reference.moe import select_experts
@@ -287,6 +286,7 @@ def projection(
                 closest[key] = max(closest.get(key, (0.0, "")), (compared.projected.largest, f"{case} {system.name}"))
         style, ids_MK = styles[number % len(styles)], given.stages.topk_ids_MK
         visits_E = ids_MK.flatten().bincount(minlength=spec.routing.num_experts)[: spec.routing.num_experts]
+        on_input = spec.routing.weight_on == "input"  # there a factor of the weight is none of the result
         planted = [("routed", 1.01, 0)] + [("shared", 1.01, 0)] * (spec.shared is not None)
         # images visit other experts under the same numbers, and one of these is not the whole fault
         experts = [] if spec.vision else (visits_E >= 8).nonzero()[:, 0].tolist()
@@ -294,7 +294,8 @@ def projection(
         for part, factor, e in planted:
             system = Subclass(Faulty, style, fault=(part, factor), loud=e)
             outputs = outputs_of(run_system(case, system, given), given)
-            told = projected(given, outputs, ways(spec, case.grid), system.precision(spec))
+            told = project_outputs(given, outputs, ways(spec, case.grid), system.precision(spec))  # row rule or not
+            assert told is not None
             kinds = [f"{part} x{factor}"]
             if part == "expert":
                 kinds += [f"most used {kinds[0]}"] * (e == int(visits_E.argmax()))
@@ -302,8 +303,9 @@ def projection(
                 key = (kind, case.dtype, case.tokens)
                 sigmas.setdefault(key, []).append(told.largest)
                 right = bool(told.found) and (told.found[0].part, told.found[0].expert or 0) == (part, e)
-                # without shared experts the routed part is the whole output
-                named[key] += right and len(told.found) == 1 and abs(told.found[0].factor - factor) < 0.005
+                named[key] += (
+                    right and len(told.found) == 1 and (on_input or abs(told.found[0].factor - factor) < 0.005)
+                )
     for key in sorted(sigmas):
         values = sorted(sigmas[key])
         found = sum(value > PROJECTION_LIMIT for value in values)
@@ -313,16 +315,6 @@ def projection(
             f" {closest.get(key, '')}",
             flush=True,
         )
-
-
-def projected(given: Problem, outputs: list[Tensor], cut: Ways, precision: RouterPrecision) -> Projected:
-    """Whether or not a row is wrong as well."""
-    error_RMH = torch.stack(outputs) - given.stages.output_MH
-    worst_M = error_RMH.norm(dim=-1).argmax(0)
-    error_MH = error_RMH[worst_M, torch.arange(len(worst_M))]
-    told = project(given, error_MH, ~near_ties(given, precision), cut, precision)
-    assert told is not None
-    return told
 
 
 def main(what: str, first: str, last: str, *options: str) -> None:
