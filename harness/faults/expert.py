@@ -319,6 +319,12 @@ def _piece_not_loaded(kernel: FusedMoEKernel, placement: Placement | None, layer
         held._w2_EiP[:1] = 0.0
 
 
+_COPIES = (
+    "tp2.ep2.tokens33+placement=replicas",
+    "tp4.ep4.tokens33+placement=moved",
+    "tp2.ep4.dp2.tokens33+kernel=deepep_ll.placement=replicas",
+)
+
 IDENTITY = (
     Fault(
         name="global_id_as_local", family="F7", computes="expert e of each rank for the id e, nobody for the rest",
@@ -337,10 +343,12 @@ IDENTITY = (
     Fault(
         name="copies_never_loaded", family="F8", computes="E(copy) = junk",
         references=("vllm-project/vllm-ascend#13161", "vllm-project/vllm-ascend#5311"),
+        grids=_COPIES,
         case="mixtral@tp2.ep2.tokens33+placement=replicas", words="unknown", applies=_has_copies, layer=_copies(_junk),
     ),
     Fault(
         name="copies_left_zero", family="F8", computes="E(copy) = 0", references=("vllm-project/vllm-ascend#13161",),
+        grids=_COPIES,
         case="mixtral@tp2.ep2.tokens33+placement=replicas", words="token-expert pairs do not count", also=("F7", "G9"), applies=_has_copies,
         layer=_copies(torch.zeros_like),
     ),

@@ -138,6 +138,7 @@ BIAS = (
     ),
     Fault(
         name="bias_in_bf16", family="D3", computes="topk(σ + bf16(b))", references=("sgl-project/sglang#31213",),
+        grids=("tokens256", "tp2.ep4.dp2.tokens256+kernel=deepep_ht"),
         case="glm4_moe@tokens33", words="the correction bias is rounded to bf16",
         applies=chooses_with_bias, weights=tensors(_rounded_to_bf16, "e_score_correction_bias"),
     ),
@@ -383,6 +384,7 @@ DTYPES = (
     Fault(
         name="router_in_the_layers_dtype", family="D9", computes="topk(bf16 l) in a bf16 layer whose router is fp32",
         references=("vllm-project/vllm#58076", "vllm-project/vllm-ascend#9617"),
+        grids=("bf16.tokens256", "tp2.ep4.dp2.bf16.tokens256"),
         case="sarvam_moe@bf16.tokens256", words="the router logits are rounded to bf16", applies=_precise_logits_in_a_short_dtype,
         spec=_router_in_the_layers_dtype,
     ),
@@ -507,11 +509,11 @@ USES = (
     ),
     Fault(
         name="weights_not_used", family="D11", computes="Σ E", references=("tjake/Jlama#201", "sgl-project/sglang#6274"),
-        case="kimi_linear", words="the router weights are not used", layer=routing(_all_ones),
+        case="kimi_linear", words="the router weights are not used", also=("D6", "D8"), layer=routing(_all_ones),
     ),
     Fault(
         name="weights_all_alike", family="D11", computes="w = 1/K", references=("pie-project/pie#480",),
-        case="exaone_moe", words="the same weight 1/K", layer=routing(_all_alike),
+        case="exaone_moe", words="the same weight 1/K", also=("D6", "D8"), layer=routing(_all_alike),
     ),
     Fault(
         name="softmax_overflows", family="D12", computes="inf / inf", references=("sgl-project/sglang#34459",), also=("G5",),

@@ -188,6 +188,9 @@ def _no_whole_blocks(case: Case) -> bool:
     return case.grid.ep == 1 and case.shared == "separate" and case.spec.routing.num_experts % 8 != 0
 
 
+_PADDED = ("tp1.tokens33+junk=3", "tp2.ep2.tokens33+junk=3", "tp2.ep4.dp2.tokens33+junk=3.kernel=deepep_ht")
+_EMPTY = ("tp1.tokens0", "tp2.ep2.tokens0", "tp2.ep4.dp2.tokens7_0+kernel=deepep_ht")
+
 FAULTS: tuple[Fault, ...] = (
     Fault(
         name="minus_1_wraps", family="G1", computes="+ w E_last on every rank that has not the expert",
@@ -216,12 +219,14 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         name="scale_reads_padding", family="G5", computes="amax over rows of padding: NaN", references=("flashinfer-ai/flashinfer#3057",),
+        grids=_PADDED,
         case="mixtral@tp2+junk=3", words="NaN in 7 of 7 rows",
         applies=lambda case: takes_rows(case) and case.junk != "0", layer=experts(_scaled_by_the_largest),
     ),
     Fault(
         name="padding_fills_expert_0", family="G6", computes="real tokens of expert 0 are lost",
         references=("vllm-project/vllm#39391", "vllm-project/vllm#39593"), also=("F7", "G9"),
+        grids=_PADDED,
         case="mixtral@tokens33+junk=3", words="expert 0 counted 0", applies=lambda case: case.junk != "0",
         layer=_padding_fills_expert_0,
     ),
@@ -231,16 +236,19 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         name="a_row_for_no_rows", family="G7", computes="[1, H] for [0, H]", references=("ROCm/Megatron-LM#155",),
+        grids=_EMPTY,
         case="mixtral@tp2.tokens0", words="forward returned fp32[1, 64], expected fp32[0, 64]", applies=_without_tokens,
         layer=_without_rows(_last_calls_row),
     ),
     Fault(
         name="no_rows_refused", family="G7", computes="an error for [0, H]", references=("sgl-project/sglang#38773",),
+        grids=_EMPTY,
         case="mixtral@tp2.tokens0", words="RuntimeError", applies=_without_tokens,
         layer=_without_rows(_refused),
     ),
     Fault(
         name="stale_without_work", family="G7", computes="R + what stood in the buffer", references=("ROCm/Megatron-LM#155",),
+        grids=("tp8.ep8.tokens1", "tp8.ep8.bf16.tokens1", "tp2.ep8.dp4.tokens1_0_1_0"),
         case="mixtral@tp4.ep4.tokens1", words="y = R + 2*x", also=("H1", "G2"), applies=_rows_elsewhere, layer=experts(_stale_without_work),
     ),
     Fault(
@@ -249,6 +257,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         name="sixteen_tokens_alone", family="G9", computes="each expert serves 16 tokens", references=("NVIDIA/Megatron-LM#6086",),
+        grids=("tp1.tokens256", "tp4.ep4.tokens256", "tp2.ep4.dp2.bf16.tokens256+kernel=deepep_ht"),
         case="mixtral@tokens128", words="no expert serves more than its first 16 tokens", applies=takes_rows,
         layer=experts(_beyond(16)),
     ),

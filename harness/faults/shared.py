@@ -166,6 +166,8 @@ def _in_latent_width(spec: MoESpec, given: Weights, comm: Communicator) -> Weigh
     return given | changed
 
 
+_FUSED = ("tp1+shared=fused.scale=router", "tp2+shared=fused", "tp4.bf16.tokens33+shared=fused.scale=router")
+
 FAULTS: tuple[Fault, ...] = (
     Fault(
         name="shared_gate_lost", family="E1", computes="R + S for R + σ(g x) S",
@@ -180,17 +182,20 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         name="shared_slot_weighed_1_over_s", family="E2", computes="s R + S / s",
         references=("sgl-project/sglang#28237", "sgl-project/sglang#35163", "sgl-project/sglang#29059"),
+        grids=_FUSED,
         case="dots1+shared=fused.scale=router", words="y = s*R + 1/s*S", also=("A5",),
         applies=lambda case: _fused(case) and _router_scales(case), layer=_slots_weighed,
     ),
     Fault(
         name="shared_slot_lost", family="E3", computes="s R for s R + S",
         references=("ROCm/ATOM#1076", "sgl-project/sglang#38963"),
+        grids=_FUSED,
         case="deepseek_v3@tp2+shared=fused", words="y = s*R", applies=_fused, layer=_slots_lost,
     ),
     Fault(
         name="shared_slot_given_to_an_expert", family="E3", computes="s R(k + 1) for s R(k) + S",
         references=("sgl-project/sglang#38963",),
+        grids=_FUSED,
         case="deepseek_v3+shared=fused", words="unknown", applies=_fused, layer=_slots_given_away,
     ),
     Fault(
