@@ -99,7 +99,6 @@ REASONS = {
 NOT_PLANTED: dict[str, str] = {
     "C3": "no page has a norm behind its latent projection",
     "D14": "no page has identity experts",
-    "F9": "planted in tests/bite/grid_faults.py instead",
     "G8": "needs more than 2^31 elements",
 }
 
