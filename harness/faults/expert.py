@@ -319,6 +319,22 @@ def _piece_not_loaded(kernel: FusedMoEKernel, placement: Placement | None, layer
         held._w2_EiP[:1] = 0.0
 
 
+# ---- P1: the dtype of the products
+
+
+def _in_bf16(inner: TorchExperts, right: Apply) -> Apply:
+    """The grouped product takes and gives bf16, whatever the layer is in."""
+
+    def apply(x_NP: Tensor, weights_NK: Tensor, local_NK: Tensor) -> Tensor:
+        return right(x_NP.bfloat16().to(x_NP.dtype), weights_NK, local_NK).bfloat16().to(x_NP.dtype)
+
+    return apply
+
+
+def _fp32_rows(case: Case) -> bool:
+    return case.dtype == "fp32" and takes_rows(case)
+
+
 _COPIES = (
     "tp2.ep2.tokens33+placement=replicas",
     "tp4.ep4.tokens33+placement=moved",
@@ -354,7 +370,7 @@ IDENTITY = (
     ),
     Fault(
         name="expert_not_loaded_on_the_last_rank", family="F8", computes="R without one piece of one expert",
-        references=("vllm-project/vllm-ascend#13161",), also=("F7",),
+        references=("vllm-project/vllm-ascend#13161",), also=("F7", "G9"),
         case="mixtral@tp2.tokens33", words="the piece of expert 0 on rank 1 counts 0",
         applies=lambda case: case.grid.ranks > 1, layer=kernels(_piece_not_loaded),
     ),
@@ -364,4 +380,14 @@ IDENTITY = (
     ),
 )  # fmt: skip
 
-FAULTS: tuple[Fault, ...] = (*HALVES, *FUNCTION, *IDENTITY)
+PRECISION = (
+    Fault(
+        name="routed_in_bf16", family="P1", computes="bf16(R) in an fp32 layer",
+        references=("pytorch/torchtitan#1367", "pytorch/torchtitan#2235"),
+        grids=("tp1.tokens33", "tp2.tokens33", "tp2.ep4.dp2.tokens33"),
+        case="mixtral", words="every number of the fp32 output is a bf16 number",
+        applies=_fp32_rows, layer=experts(_in_bf16),
+    ),
+)  # fmt: skip
+
+FAULTS: tuple[Fault, ...] = (*HALVES, *FUNCTION, *IDENTITY, *PRECISION)

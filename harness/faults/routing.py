@@ -278,7 +278,7 @@ WEIGHTS = (
     Fault(
         name="always_renormalised", family="D6", computes="w / Σw although the model does not",
         references=("flashinfer-ai/flashinfer#2889", "lablup/mlxcel#391", "jingyaogong/minimind#859"),
-        case="olmoe", words="renormalised although the model does not", also=("D11",),
+        case="olmoe", words="renormalised although the model does not", also=("D8", "D11"),
         applies=_does_not_renormalise, layer=routing(_always_renormalised),
     ),
     Fault(
@@ -306,7 +306,7 @@ WEIGHTS = (
     ),
     *(
         Fault(
-            name=f"scored_by_{kind}", family="D8", computes=f"{kind}(l)", references=references, case=case,
+            name=f"scored_by_{kind}", family="D8", also=("D6",), computes=f"{kind}(l)", references=references, case=case,
             words=f"scored by {kind} instead of", applies=_scores_otherwise(kind), spec=routing_rule(scoring_func=kind),
         )
         for kind, case, references in (
@@ -402,7 +402,7 @@ DTYPES = (
         layer=routing(_scores_rounded_before_the_choice),
     ),
     Fault(
-        name="weights_in_bf16", family="D9", computes="bf16(w)", references=("sgl-project/sglang-jax#699",),
+        name="weights_in_bf16", family="D9", computes="bf16(w)", references=("sgl-project/sglang-jax#699", "sgl-project/sglang#39351"),
         case="mixtral", words="the router weights are rounded to bf16", applies=_fp32_layer,
         layer=rerouted(_weights_in_bf16),
     ),
