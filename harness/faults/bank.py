@@ -18,7 +18,7 @@ STAGES = ("scale", "reduce", "order", "routing", "shared", "expert", "shape")
 # reduction has to be shown to change nothing.
 GRIDS: dict[str, tuple[str, ...]] = {
     "A": ("tp1", "tp2", "tp4.ep4.bf16", "tp4.ep4.sp4", "tp2.ep4.dp2+kernel=deepep_ht"),
-    "B": ("tp1", "tp2", "tp4", "tp4.ep4", "tp4.ep2.bf16", "tp2.ep4.dp2", "tp2.dp2.tokens33", "tp4.fp16"),
+    "B": ("tp1", "tp2", "tp4.fp16", "tp4.ep2.bf16", "tp4.ep4", "tp2.ep4.dp2.tokens33"),
     "C": ("tp1", "tp2", "tp4.ep4", "tp4.bf16", "tp2.ep4.dp2"),
     "D": ("tp1.tokens33", "tp2.bf16.tokens33", "tp2.ep4.dp2.tokens33+kernel=deepep_ht"),
     "E": ("tp1", "tp2", "tp4.ep4.bf16", "tp2.ep4.dp2"),

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from harness.case import Case
 from harness.comm import Communicator
 from harness.faults.fault import Fault
-from harness.faults.plant import Plant, around, has_shared, kernels, planning, together
+from harness.faults.plant import Plant, around, has_shared, kernels, planning
 from harness.runner.layer import FusedMoE
 from harness.runner.modular_kernel import FusedMoEKernel
 from harness.runner.plan import Reduced, SharedExpertsOrder
@@ -25,7 +24,16 @@ LATE = (
     "tp2+order=3.pad=8", "tp2.dp2+order=3", "tp1+experts=monolithic.order=3",
 )  # fmt: skip
 PADDED = ("tp1+pad=8", "tp2+pad=8", "tp4.ep4.bf16+pad=8", "tp2.ep4.dp2+kernel=deepep_ht.pad=8", "tp2")
-DISPATCHED = ("dp2", "dp2.bf16", "tp2.ep4.dp2", "tp2.dp2.tokens5_2", "ep4.dp4.tokens32", "tp2", "tp4.ep4.sp4", "dp2.tokens5_0")
+DISPATCHED = (
+    "dp2",
+    "dp2.bf16",
+    "tp2.ep4.dp2",
+    "tp2.dp2.tokens5_2",
+    "ep4.dp4.tokens32",
+    "tp2",
+    "tp4.ep4.sp4",
+    "dp2.tokens5_0",
+)
 
 # ---- C1
 
@@ -140,7 +148,11 @@ def _padded(case: Case) -> bool:
 
 
 def _padded_and_summed(case: Case) -> bool:
-    return _padded(case) and (has_shared(case) or case.spec.experts.latent_size is not None)
+    return _padded(case) and has_shared(case) and case.spec.experts.latent_size is None
+
+
+def _padded_and_transformed(case: Case) -> bool:
+    return _padded(case) and case.spec.experts.latent_size is not None
 
 
 NOT_CUT_BEFORE_THE_SUM = planning(lambda plan, layer: {"cut_before_sum": False})
@@ -150,19 +162,19 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         name="experts_overwrite_what_the_shared_read", family="C1", computes="R + S(R_r)",
         references=("vllm-project/vllm#28939", "sgl-project/sglang#10352", "vllm-project/vllm#28942"),
-        case="deepseek_v3@tp2.tokens33+order=3", words="buffer",
+        case="deepseek_v3@tp2.tokens33+order=3", words="the shared experts read",
         applies=has_shared, layer=_in_place(_overwritten), block=around(_on_a_copy), grids=LATE,
     ),
     Fault(
         name="experts_add_to_what_the_shared_read", family="C1", computes="R + S(x + R_r)",
         references=("sgl-project/sglang#10352", "MooreThreads/vllm-musa#56"),
-        case="deepseek_v3@tp1.tokens33+order=3", words="buffer",
+        case="deepseek_v3@tp1.tokens33+order=3.scale=router", words="the shared experts read",
         applies=has_shared, layer=_in_place(_added_to), block=around(_on_a_copy), grids=LATE,
     ),
     Fault(
         name="kernel_overwrites_what_the_shared_read", family="C1", computes="R + S(R)",
         references=("vllm-project/vllm#28430", "vllm-project/vllm#28410"),
-        case="deepseek_v3@tp2.tokens33+kernel=reduced.order=3", words="buffer",
+        case="deepseek_v3@tp2.tokens33+kernel=reduced.order=3", words="the shared experts read",
         applies=has_shared, layer=_after_the_kernel(_overwritten), block=around(_on_a_copy),
         grids=(*LATE, "tp2.ep4.dp2+kernel=deepep_ht.order=3"),
     ),
@@ -177,7 +189,7 @@ FAULTS: tuple[Fault, ...] = (
         name="shared_read_the_dispatched_batch", family="C2", also=("H2",), computes="R + S(first rows of all ranks)",
         references=("vllm-project/vllm#28740", "vllm-project/vllm#24538"),
         case="deepseek_v3@tp2.ep4.dp2.tokens32", words="dispatched batch",
-        applies=has_shared, layer=_shared_reads_the_dispatched, grids=DISPATCHED,
+        applies=lambda case: has_shared(case) and case.spec.experts.latent_size is None, layer=_shared_reads_the_dispatched, grids=DISPATCHED,
     ),
     Fault(
         name="latent_projection_ahead_of_the_sum", family="C4", computes="P*R + S + tp*b",
@@ -192,16 +204,16 @@ FAULTS: tuple[Fault, ...] = (
         applies=_padded_and_summed, layer=NOT_CUT_BEFORE_THE_SUM, grids=PADDED,
     ),
     Fault(
-        name="padding_never_cut", family="C5", computes="pad(R)",
-        references=("vllm-project/vllm#40865", "vllm-project/vllm#40794"),
-        case="mixtral@tp2+pad=8", words="forward returned fp32[7, 72], expected fp32[7, 64]",
-        applies=lambda case: _padded(case) and not _padded_and_summed(case),
-        layer=_cutting(lambda states, width: states), grids=PADDED,
+        name="padding_cut_after_the_transform", family="C5", computes="P*pad(R) + S",
+        references=("vllm-project/vllm#40865", "vllm-project/vllm#45707"),
+        case="nemotron_h@tp2+pad=8", words="shapes cannot be multiplied",
+        applies=_padded_and_transformed, layer=NOT_CUT_BEFORE_THE_SUM, grids=PADDED,
     ),
     Fault(
-        name="padding_cut_at_the_other_end", family="C5", also=("H4",), computes="columns of R moved by the padding",
-        references=("vllm-project/vllm#40865", "vllm-project/vllm#45707"),
-        case="mixtral@tp2.tokens33+pad=8", words="column",
-        applies=_padded, layer=_cutting(lambda states, width: states[:, states.shape[1] - width :]), grids=PADDED,
+        name="padding_never_cut", family="C5", computes="pad(R)",
+        references=("vllm-project/vllm#40865", "vllm-project/vllm#40794"),
+        case="mixtral@tp2+pad=8", words="forward returned",
+        applies=lambda case: _padded(case) and not _padded_and_summed(case) and not _padded_and_transformed(case),
+        layer=_cutting(lambda states, width: states), grids=PADDED,
     ),
 )  # fmt: skip

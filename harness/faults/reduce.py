@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,32 +27,36 @@ from harness.faults.plant import (
     replanned,
     sharing,
     summed,
-    together,
     unreduced,
 )
 from harness.runner.block import sequence_parallel_chunk
 from harness.runner.experts import shard
 from harness.runner.layer import FusedMoE
 from harness.runner.modular_kernel import ALL_TO_ALL, FusedMoEKernel
-from harness.runner.plan import Reduced
+from harness.runner.plan import OutputPlan, Reduced
 from harness.runner.prepare_finalize import Prepared
 from harness.runner.shared_experts import SharedMLP
 from harness.systems import Layer
 
-SENT = tuple(
-    f"{grid}+kernel={kernel}"
-    for grid, kernel in (
-        ("tp2.ep4.dp2", "deepep_ht"), ("tp4.ep4", "deepep_ll"), ("tp2.ep4.dp2.bf16", "nvlink_one_sided"),
-        ("tp2.ep2", "nvlink_two_sided"), ("tp2.ep4.dp2.sp2", "deepep_ht"),
-    )
+# What follows the model where a fault needs more than the grids of its stage: rows that are sent, another kernel before,
+# data-parallel ranks, rows of each tp rank's own, experts that some of the tp ranks cut among them.
+SENT = (
+    "tp2.ep4.dp2.tokens33+kernel=deepep_ht", "tp4.ep4+kernel=deepep_ll", "tp2.ep2+kernel=nvlink_two_sided",
+    "tp2.ep4.dp2.bf16.tokens33+kernel=nvlink_one_sided", "tp2.ep4.dp2.sp2.tokens32+kernel=deepep_ht",
 )  # fmt: skip
 SWAPS = (
     "tp1+swap=reduced", "tp2+swap=reduced", "tp2+kernel=reduced.swap=partial", "tp4.ep2+kernel=reduced.swap=partial",
-    "tp2.ep4.dp2+kernel=deepep_ht.swap=partial", "tp2.ep4.dp2+swap=deepep_ht", "tp2.ep4.dp2.bf16+swap=deepep_ht",
+    "tp2.ep4.dp2+kernel=deepep_ht.swap=partial", "tp2.ep4.dp2.bf16.tokens33+swap=deepep_ht",
 )  # fmt: skip
-GATHERED = ("dp2", "dp2.bf16", "tp2.dp2.tokens8", "tp2.ep4.dp2.tokens8", "tp2.ep4.dp2.tokens5_2", "ep4.dp4.tokens32", "tp2.ep2.dp2.tokens32")
-OWN_ROWS = ("tp2.ep2.sp2", "tp4.ep4.sp4", "tp4.ep4.sp4.tokens3", "tp2.ep4.dp2.sp2.tokens8", "tp2.ep2.sp2.tokens33+kernel=deepep_ht")
-PIECES = ("tp2", "tp4", "tp4.ep4", "tp4.ep2", "tp8.ep4", "tp8.ep2.bf16", "tp4.ep2.tokens33")
+GATHERED = ("tp2", "dp2.bf16.tokens8", "tp2.ep4.dp2.tokens5_2", "ep4.dp4.tokens32", "tp2.ep2.dp2.tokens32")
+OWN_ROWS = (
+    "tp2.ep2.sp2.tokens8",
+    "tp4.ep4.sp4.tokens32",
+    "tp2.ep4.dp2.sp2.tokens32",
+    "tp2.ep2.sp2.tokens32+kernel=deepep_ht",
+)
+PIECES = ("tp4", "tp4.ep4", "tp4.ep2", "tp8.ep4.tokens33", "tp8.ep2.bf16")
+REDUCING = (*SENT, "tp1+kernel=reduced", "tp4.ep2+kernel=reduced")
 
 
 def _unreduced_and_shared(case: Case) -> bool:
@@ -69,6 +74,11 @@ def _kernel_reduces(case: Case) -> bool:
 def _gathered(case: Case) -> bool:
     """Tokens of dp ranks are gathered and R is scattered back."""
     return case.kernel in ("partial", "reduced") and case.grid.sp == 1
+
+
+def _gathered_in_one_branch(case: Case) -> bool:
+    """Where a second branch takes the images, all of them may be on one dp rank, which is then right."""
+    return _gathered(case) and case.spec.vision is None
 
 
 def _over_pieces(case: Case) -> bool:
@@ -89,8 +99,14 @@ NOTHING_REDUCED = planning(lambda plan, layer: {
 
 
 def reducing(how: Callable[[Tensor, Communicator], Tensor]) -> Plant:
-    """The final all-reduce done in another way: (the rank's own y, comm) -> y."""
-    return together(NOTHING_REDUCED, answering(lambda y, x, layer, comm: how(y, comm)))
+    """The runner's all-reduces over tp done in another way: (the rank's own share, comm) -> the sum."""
+
+    def plant(layer: FusedMoE, comm: Communicator) -> None:
+        if comm.tp.size > 1:
+            other: Any = SimpleNamespace(tp=SimpleNamespace(all_reduce=lambda partial: how(partial, comm)))
+            layer.runner.comm = other
+
+    return plant
 
 
 def _wrong_about(reduced: bool) -> Plant:
@@ -125,14 +141,13 @@ def _asked_when_built(block: Layer, comm: Communicator) -> Layer:
 
 def _decided_while_profiling(routed: Reduced, shared: Reduced) -> Plant:
     """The profile run had a large batch, which went through another kernel; its decision was compiled in."""
-    return planning(
-        lambda plan, layer: {"routed_reduced": routed, "shared_reduced": plan.shared_reduced and shared}
-    )
 
+    def change(plan: OutputPlan, layer: FusedMoE) -> dict[str, object]:
+        if plan.routed_reduced is Reduced.NOT_NEEDED:
+            return {}
+        return {"routed_reduced": routed, "shared_reduced": plan.shared_reduced and shared}
 
-def _by_number_of_rows(y_MH: Tensor, comm: Communicator) -> Tensor:
-    """Batches of at least as many rows as ranks are scattered by another method, which this one is taken to be."""
-    return y_MH if len(y_MH) >= comm.tp.size else summed(comm.tp, y_MH)
+    return planning(change)
 
 
 def _model_reduces_again(comm: Communicator, block: Layer, hidden_states: Tensor, **inputs: Tensor) -> Tensor:
@@ -213,41 +228,63 @@ def _shared_bias_of_every_rank(layer: FusedMoE, comm: Communicator) -> None:
 
 
 def _over_ep_alone(y_MH: Tensor, comm: Communicator) -> Tensor:
-    return summed(comm.ep, y_MH) if comm.ep.size > 1 else summed(comm.tp, y_MH)
+    """Right in both pure layouts, where one of both groups holds all peers."""
+    return (comm.ep if 1 < comm.ep.size < comm.tp.size else comm.tp).all_reduce(y_MH)
 
 
 def _over_pieces_alone(y_MH: Tensor, comm: Communicator) -> Tensor:
-    pieces = comm.world_size // comm.ep.size
-    if pieces == 1 or comm.tp.size == 1:
-        return summed(comm.tp, y_MH)
+    pieces = comm.tp.size // comm.ep.size
+    if pieces in (1, comm.tp.size):
+        return comm.tp.all_reduce(y_MH)
     first = comm.tp.rank // pieces * pieces
     return comm.tp.all_gather(y_MH[None])[first : first + pieces].sum(0)
 
 
 def _without_the_last(y_MH: Tensor, comm: Communicator) -> Tensor:
-    return y_MH if comm.tp.size == 1 else comm.tp.all_gather(y_MH[None])[:-1].sum(0)
+    return comm.tp.all_gather(y_MH[None])[:-1].sum(0)
 
 
 def _of_the_first(y_MH: Tensor, comm: Communicator) -> Tensor:
-    return y_MH if comm.tp.size == 1 else comm.tp.broadcast(y_MH)
+    return comm.tp.broadcast(y_MH)
 
 
 def _not_beside_dp(y_MH: Tensor, comm: Communicator) -> Tensor:
     """The reduce-scatter over dp is taken for the whole sum."""
-    return y_MH if comm.dp.size > 1 else summed(comm.tp, y_MH)
+    return y_MH if comm.dp.size > 1 else comm.tp.all_reduce(y_MH)
 
 
 def _row_blocks(y_MH: Tensor, comm: Communicator) -> Tensor:
     """Scattered and gathered where reduce-scattered was meant."""
-    return y_MH if comm.tp.size == 1 else comm.tp.all_gather(y_MH.tensor_split(comm.tp.size)[comm.tp.rank])
+    return comm.tp.all_gather(y_MH.tensor_split(comm.tp.size)[comm.tp.rank])
 
 
 def _average(y_MH: Tensor, comm: Communicator) -> Tensor:
-    return summed(comm.tp, y_MH) / comm.tp.size
+    return comm.tp.all_reduce(y_MH) / comm.tp.size
 
 
 def _own_share_again(y_MH: Tensor, comm: Communicator) -> Tensor:
-    return y_MH if comm.tp.size == 1 else summed(comm.tp, y_MH) + y_MH
+    return comm.tp.all_reduce(y_MH) + y_MH
+
+
+def _by_number_of_rows(y_MH: Tensor, comm: Communicator) -> Tensor:
+    """Batches of at least as many rows as ranks are scattered by another method, which this one is taken to be."""
+    return y_MH if len(y_MH) >= comm.tp.size else comm.tp.all_reduce(y_MH)
+
+
+def _residual_before_the_sum(layer: FusedMoE, comm: Communicator) -> None:
+    """Each rank adds its copy of x, in the unit of the call, to what is then summed."""
+    right, given = layer.runner.reduce_and_trunc, list[Tensor]()
+    steps = layer.runner.steps
+
+    def kept(x_MH: Tensor, *rest: Any) -> Any:
+        given[:] = [x_MH]
+        return steps(x_MH, *rest)
+
+    def added(states: Tensor, width: int, plan: OutputPlan) -> Tensor:
+        x_MH = functional.pad(given[0], (0, states.shape[1] - width))
+        return right(states + x_MH * plan.output_unit, width, plan)
+
+    layer.runner.steps, layer.runner.reduce_and_trunc = kept, added  # type: ignore[method-assign]
 
 
 # ---- gather and scatter
@@ -406,7 +443,7 @@ FAULTS: tuple[Fault, ...] = (
         references=("vllm-project/vllm#41382", "vllm-project/vllm-ascend#9485"),
         case="deepseek_v3@tp2.ep4.dp2+kernel=nvlink_one_sided", words="what the kernel had reduced is reduced again",
         applies=_kernel_reduces, layer=_wrong_about(False),
-        grids=(*SENT, "tp1+kernel=reduced", "tp2+kernel=reduced", "tp4.ep2+kernel=reduced"),
+        grids=REDUCING,
     ),
     # -- B3
     Fault(
@@ -442,7 +479,7 @@ FAULTS: tuple[Fault, ...] = (
         case="deepseek_v3@tp2.ep4.dp2+kernel=deepep_ht", words="left partial",
         applies=lambda case: _kernel_reduces(case) and has_shared(case),
         layer=planning(lambda plan, layer: {"shared_reduced": Reduced.NOT_NEEDED} if plan.shared_reduced else {}),
-        grids=(*SENT, "tp1+kernel=reduced", "tp2+kernel=reduced", "tp4.ep2+kernel=reduced"),
+        grids=REDUCING,
     ),
     Fault(
         name="shared_cut_although_rows_are_apart", family="B5", also=("B8",), computes="R + S_r",
@@ -455,7 +492,7 @@ FAULTS: tuple[Fault, ...] = (
         name="reduced_then_reduce_scattered_over_dp", family="B6", also=("B2",), computes="dp*R on the rank's rows",
         references=("sgl-project/sglang#37199", "sgl-project/sglang#23257"),
         case="deepseek_v3@tp2.ep4.dp2", words="what the kernel had reduced is reduced again",
-        applies=_gathered, layer=scattering(_reduced_before), grids=(*GATHERED, "tp2"),
+        applies=_gathered, layer=scattering(_reduced_before), grids=GATHERED,
     ),
     Fault(
         name="complete_sum_reduce_scattered_over_tp", family="B6", also=("B2",), computes="tp*(R + S)",
@@ -468,7 +505,7 @@ FAULTS: tuple[Fault, ...] = (
         name="scattered_over_dp_without_a_sum", family="B7", also=("B1", "B8"), computes="slice of R_r",
         references=("sgl-project/sglang#27191",),
         case="deepseek_v3@tp2.ep4.dp2.tokens33", words="sum",
-        applies=_gathered, layer=scattering(_own_block), grids=(*GATHERED, "tp2"),
+        applies=_gathered, layer=scattering(_own_block), grids=GATHERED,
     ),
     Fault(
         name="scattered_over_tp_without_a_sum", family="B7", computes="slices of R_r + S_r, gathered",
@@ -493,7 +530,7 @@ FAULTS: tuple[Fault, ...] = (
         name="not_summed_over_tp_beside_dp", family="B8", also=("B1",), computes="sum over dp of R_r, + S_r",
         references=("sgl-project/sglang#29155", "sgl-project/sglang#32012"),
         case="deepseek_v3@tp2.ep4.dp2.tokens33", words="a sum over tp is missing",
-        applies=unreduced, layer=reducing(_not_beside_dp), grids=(*GATHERED, "tp2"),
+        applies=unreduced, layer=reducing(_not_beside_dp), grids=GATHERED,
     ),
     Fault(
         name="last_rank_skipped", family="B8", computes="sum of all ranks but the last",
@@ -531,14 +568,14 @@ FAULTS: tuple[Fault, ...] = (
         references=("vllm-project/vllm-ascend#16476", "vllm-project/vllm-ascend#16459"),
         case="deepseek_v3@tp2.ep4.dp2+kernel=deepep_ht", words="reduced again",
         applies=_kernel_reduces, layer=_decided_while_profiling(Reduced.FINAL, Reduced.FINAL),
-        grids=(*SENT, "tp1+kernel=reduced", "tp2+kernel=reduced", "tp4.ep2+kernel=reduced"),
+        grids=REDUCING,
     ),
     Fault(
         name="sum_left_out_of_large_batches", family="B9", also=("B1", "B8"), computes="R_r + S_r from M = tp on",
         references=("vllm-project/vllm-ascend#16459", "vllm-project/vllm-ascend#10557"),
         case="deepseek_v3@tp4.tokens33", words="nothing is reduced",
-        applies=unreduced, layer=reducing(_by_number_of_rows),
-        grids=("tp1", "tp2", "tp4", "tp4.tokens1", "tp4.tokens3", "tp4.ep4.tokens33", "tp2.ep4.dp2"),
+        applies=lambda case: unreduced(case) and case.tokens > case.grid.ranks, layer=reducing(_by_number_of_rows),
+        grids=("tp1", "tp2", "tp4.bf16", "tp4.ep4.tokens33", "tp2.ep4.dp2.tokens33"),
     ),
     # -- B10
     Fault(
@@ -559,24 +596,24 @@ FAULTS: tuple[Fault, ...] = (
         name="residual_added_on_every_rank", family="B10", also=("H1",), computes="R + S + tp*x",
         references=("deepspeedai/DeepSpeed#2834",),
         case="mixtral@tp4", words="tp*x",
-        applies=lambda case: unreduced(case) and case.grid.tp > 1,
-        layer=together(NOTHING_REDUCED, answering(lambda y, x, layer, comm: summed(comm.tp, y + x))),
+        applies=lambda case: unreduced(case) and case.grid.tp > 1 and not case.spec.experts.latent_bias,
+        layer=_residual_before_the_sum,
     ),
     # -- B11
     Fault(
-        name="results_added_by_arrival", family="B11", also=("H2",), computes="each token the sum of others' results",
+        name="results_added_by_arrival", family="B11", also=("H2", "B12"), computes="each token the sum of others' results",
         references=("vllm-project/vllm#52639",),
         case="deepseek_v3@tp2.ep4.dp2.tokens33+kernel=deepep_ht", words="wrong tokens",
         applies=_sent, layer=combining(_by_arrival), grids=SENT,
     ),
     Fault(
-        name="combine_reads_ids_of_the_dispatched_batch", family="B11", also=("H2",), computes="each token the sum of others' results",
+        name="combine_reads_ids_of_the_dispatched_batch", family="B11", also=("H2", "B12"), computes="each token the sum of others' results",
         references=("vllm-project/vllm#52639",),
         case="deepseek_v3@tp2.ep4.dp2.tokens33+kernel=deepep_ht", words="wrong tokens",
         applies=_sent, layer=combining(_ids_of_the_batch), grids=SENT,
     ),
     Fault(
-        name="results_one_place_late", family="B11", also=("H2",), computes="each token the sum of others' results",
+        name="results_one_place_late", family="B11", also=("H2", "B12"), computes="each token the sum of others' results",
         references=("vllm-project/vllm#52639",),
         case="deepseek_v3@tp2.ep4.dp2.tokens33+kernel=deepep_ht", words="wrong tokens",
         applies=_sent, layer=combining(_one_result_late), grids=SENT,
@@ -586,19 +623,19 @@ FAULTS: tuple[Fault, ...] = (
         name="scattered_in_reverse", family="B12", also=("H2",), computes="rows of another dp rank",
         references=("vllm-project/vllm-ascend#11921",),
         case="deepseek_v3@tp2.ep4.dp2.tokens32", words="those of another dp rank",
-        applies=_gathered, layer=scattering(_in_reverse), grids=(*GATHERED, "tp2"),
+        applies=_gathered_in_one_branch, layer=scattering(_in_reverse), grids=GATHERED,
     ),
     Fault(
         name="scattered_as_if_not_gathered", family="B12", also=("H2",), computes="the first rows of all ranks",
         references=("vllm-project/vllm-gaudi#1618",),
         case="deepseek_v3@tp2.ep4.dp2.tokens32", words="rows of R stand at the wrong tokens",
-        applies=_gathered, layer=scattering(_as_if_not_gathered), grids=(*GATHERED, "tp2"),
+        applies=_gathered_in_one_branch, layer=scattering(_as_if_not_gathered), grids=GATHERED,
     ),
     Fault(
         name="scattered_one_row_off", family="B12", also=("H2",), computes="rows of the neighbouring token",
         references=("vllm-project/vllm-ascend#11921",),
         case="deepseek_v3@tp2.ep4.dp2.tokens32", words="rows of R stand at the wrong tokens",
-        applies=_gathered, layer=scattering(_one_row_off), grids=(*GATHERED, "tp2"),
+        applies=_gathered, layer=scattering(_one_row_off), grids=GATHERED,
     ),
     Fault(
         name="scattered_in_equal_shares", family="B12", also=("H2", "B11"), computes="rows of another dp rank where numbers differ",
@@ -630,7 +667,7 @@ FAULTS: tuple[Fault, ...] = (
         name="own_share_added_again", family="B14", computes="R + S + R_r + S_r",
         references=("vllm-project/vllm#35949",),
         case="deepseek_v3@tp4.tokens33", words="adds its own share of R and S again",
-        applies=unreduced, layer=reducing(_own_share_again),
+        applies=_over_pieces, layer=reducing(_own_share_again),
     ),
     Fault(
         name="rows_of_different_tokens_summed", family="B15", computes="sum over tp of rows of different tokens",

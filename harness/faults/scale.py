@@ -26,10 +26,30 @@ from harness.faults.plant import (
 from harness.runner.layer import FusedMoE
 from harness.runner.modular_kernel import FusedMoEKernel
 
-BY_KERNEL = ("tp1+scale=kernel", "tp2+scale=kernel", "tp4.ep4.bf16+scale=kernel", "tp2.ep4.dp2+scale=kernel.kernel=deepep_ht")
-BY_ROUTER = ("tp1+scale=router", "tp2+scale=router", "tp4.ep4.bf16+scale=router", "tp2.ep4.dp2+scale=router.kernel=deepep_ht")
-BY_OUTPUT = ("tp1+scale=output", "tp2+scale=output", "tp4.ep4.bf16+scale=output", "tp2.ep4.dp2+scale=output.kernel=deepep_ht")
-IN_FP16 = ("tp1.fp16+scale=output", "tp2.fp16+scale=output", "tp4.ep4.fp16+scale=output", "tp2.ep4.dp2.fp16+scale=output.kernel=deepep_ll")
+BY_KERNEL = (
+    "tp1+scale=kernel",
+    "tp2+scale=kernel",
+    "tp4.ep4.bf16+scale=kernel",
+    "tp2.ep4.dp2+scale=kernel.kernel=deepep_ht",
+)
+BY_ROUTER = (
+    "tp1+scale=router",
+    "tp2+scale=router",
+    "tp4.ep4.bf16+scale=router",
+    "tp2.ep4.dp2+scale=router.kernel=deepep_ht",
+)
+BY_OUTPUT = (
+    "tp1+scale=output",
+    "tp2+scale=output",
+    "tp4.ep4.bf16+scale=output",
+    "tp2.ep4.dp2+scale=output.kernel=deepep_ht",
+)
+IN_FP16 = (
+    "tp1.fp16+scale=output",
+    "tp2.fp16+scale=output",
+    "tp4.ep4.fp16+scale=output",
+    "tp2.ep4.dp2.fp16+scale=output.kernel=deepep_ll",
+)
 
 
 def _by(*who: str) -> Callable[[Case], bool]:

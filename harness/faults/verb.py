@@ -8,6 +8,7 @@ the sentence has the words that the fault announces.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -17,11 +18,12 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from harness import models as pages
 from harness.case import Case, Grid, parse
-from harness.check import check
-from harness.errors import HarnessError, UsageError
+from harness.check import check, judge
+from harness.errors import CouldNotRun, HarnessError, UsageError
 from harness.execution import run_system
 from harness.faults import bars
 from harness.faults.bank import by_name, chosen, placements
@@ -45,7 +47,7 @@ class Placed:
     """What became of a fault in one case. outcome: one of OUTCOMES.    family, diagnosis: what the check said.
 
     reason: of an equivalent one.    bars: which tolerances of others pass, empty where the layer gave no output.
-    stopped: the layer gave none.    as_told: in the fault's own case, whether the diagnosis has its words.
+    as_told: in the fault's own case, whether the diagnosis has its words.
     """
 
     fault: str
@@ -55,7 +57,6 @@ class Placed:
     diagnosis: str
     reason: str = ""
     bars: Mapping[str, bool] = field(default_factory=dict)
-    stopped: bool = False
     as_told: bool = True
 
     @property
@@ -124,18 +125,41 @@ def planter(model: str) -> Callable[[str], Placed]:
 
 def planted(fault: Fault, case: Case) -> Placed:
     """Plant one fault in one case and judge it."""
-    system = FaultyRunner(fault)
-    finding = check(case, system)
+    system = _system(fault)
+    finding, outputs = _checked(case, system)
     if finding.verdict is Verdict.COULD_NOT_RUN:
         raise HarnessError(f"fault {fault.name} in {case}: {finding.diagnosis}")
     reason = None if finding.verdict is Verdict.MISMATCH else equivalent(case, fault)
-    outcome = "equivalent" if reason is not None else _outcome(fault, finding)
-    stopped, judged = (True, {}) if reason is not None else _judged(case, system)
+    judged = {}
+    if reason is None and outputs is not None:
+        given = problem(case)
+        judged = bars.judge(outputs, given.stages.output_MH, given.dtype, case.rows)
     told = str(case) != str(parse(fault.case)) or fault.words in finding.diagnosis
     return Placed(
-        fault=fault.name, case=str(case), outcome=outcome, family=finding.family, diagnosis=finding.diagnosis,
-        reason=reason or "", bars=judged, stopped=stopped and reason is None, as_told=told,
+        fault=fault.name, case=str(case), outcome="equivalent" if reason is not None else _outcome(fault, finding),
+        family=finding.family, diagnosis=finding.diagnosis, reason=reason or "", bars=judged, as_told=told,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=512)
+def _system(fault: Fault) -> FaultyRunner:
+    """One for all cases: what the probe of a grid said is remembered with it."""
+    return FaultyRunner(fault)
+
+
+def _checked(case: Case, system: FaultyRunner) -> tuple[Finding, list[Tensor] | None]:
+    """What `check` says, and the output of each rank, None if there is none. The probe is asked where it can change that."""
+    given = problem(case)
+    try:
+        run = run_system(case, system, given)
+    except CouldNotRun:
+        return check(case, system), None
+    if run.broken is not None:
+        return check(case, system), None
+    finding = judge(case, system, given, run)
+    if finding.verdict is not Verdict.MISMATCH or finding.family is None:
+        finding = check(case, system)
+    return finding, [whole_output(out, given) for out in run.ranks]
 
 
 def _outcome(fault: Fault, finding: Finding) -> str:
@@ -146,16 +170,6 @@ def _outcome(fault: Fault, finding: Finding) -> str:
     if finding.family is not None:
         return "misnamed"
     return "named" if finding.stage in ("call", "collectives") and fault.words in finding.diagnosis else "unknown"
-
-
-def _judged(case: Case, system: FaultyRunner) -> tuple[bool, dict[str, bool]]:
-    """Whether the layer stopped without an output; and which bars of others its outputs meet."""
-    given = problem(case)
-    run = run_system(case, system, given)
-    if run.broken is not None:
-        return True, {}
-    outputs = [whole_output(out, given) for out in run.ranks]
-    return False, bars.judge(outputs, given.stages.output_MH, given.dtype, case.rows)
 
 
 # ---- the report
