@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 from collections.abc import Iterator, Sequence
 
+from harness import models as pages
 from harness.case import Case, Grid, parse
 from harness.errors import HarnessError, UsageError, unknown
 from harness.faults.fault import Fault
@@ -25,6 +26,8 @@ GRIDS: dict[str, tuple[str, ...]] = {
     "F": ("tp1.tokens33", "tp2.tokens33", "tp4.ep4.tokens33", "tp2.ep4.dp2.tokens33"),
     "G": ("tp1.tokens33", "tp2.ep2.tokens33", "tp4.ep4.sp4.tokens33", "tp2.ep4.dp2.tokens33+kernel=deepep_ht"),
 }
+# A model takes that many of the grids, in turn, where a diagnosis has many rules to try; all models together take all.
+IN_TURN = {"D": 2, "E": 2, "F": 2, "G": 2}
 
 
 @functools.cache
@@ -67,9 +70,14 @@ def placements(fault: Fault, models: Sequence[str], grids: Sequence[Grid] | None
         texts = tuple(f"{grid}{f'+{option}' if option else ''}" for grid in grids for option in options)
     own = parse(fault.case)
     wanted = [own] if grids is None and own.model in models else []
-    cases = [*wanted, *(case for model in models for case in _cases(model, texts))]
+    cases = dict.fromkeys(wanted)
     system = RunnerSystem()
-    return [case for case in dict.fromkeys(cases) if fault.applies(case) and system.supports(case) is None]
+    for turn, model in enumerate(pages.names()):
+        if model in models:
+            able = [case for case in _cases(model, texts) if fault.applies(case) and system.supports(case) is None]
+            most = len(able) if grids is not None else IN_TURN.get(fault.family[:1], len(able))
+            cases |= dict.fromkeys([*able[turn % (len(able) or 1) :], *able][:most])
+    return list(cases)
 
 
 def _cases(model: str, texts: Sequence[str]) -> Iterator[Case]:

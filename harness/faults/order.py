@@ -20,20 +20,10 @@ from harness.runner.plan import Reduced, SharedExpertsOrder
 from harness.systems import Layer
 
 LATE = (
-    "tp1+order=3", "tp2+order=3", "tp4.ep4+order=3", "tp2.bf16+order=3", "tp2+order=2", "tp2+order=1", "tp2+kernel=reduced.order=3",
-    "tp2+order=3.pad=8", "tp2.dp2+order=3", "tp1+experts=monolithic.order=3",
+    "tp1+order=3", "tp2.bf16+order=3", "tp4.ep4+order=3", "tp2+order=2", "tp2+order=1", "tp1+experts=monolithic.order=3",
 )  # fmt: skip
-PADDED = ("tp1+pad=8", "tp2+pad=8", "tp4.ep4.bf16+pad=8", "tp2.ep4.dp2+kernel=deepep_ht.pad=8", "tp2")
-DISPATCHED = (
-    "dp2",
-    "dp2.bf16",
-    "tp2.ep4.dp2",
-    "tp2.dp2.tokens5_2",
-    "ep4.dp4.tokens32",
-    "tp2",
-    "tp4.ep4.sp4",
-    "dp2.tokens5_0",
-)
+PADDED = ("tp1+pad=8", "tp2+pad=8", "tp4.ep4.bf16+pad=8", "tp2.ep4.dp2+kernel=deepep_ht.pad=8")
+DISPATCHED = ("dp2.bf16", "tp2.ep4.dp2", "tp2.dp2.tokens5_2", "ep4.dp4.tokens32", "tp2", "tp4.ep4.sp4")
 
 # ---- C1
 
