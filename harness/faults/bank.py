@@ -27,7 +27,7 @@ GRIDS: dict[str, tuple[str, ...]] = {
     "G": ("tp1.tokens33", "tp2.ep2.tokens33", "tp4.ep4.sp4.tokens33", "tp2.ep4.dp2.tokens33+kernel=deepep_ht"),
 }
 # A model takes that many of the grids, in turn, where a diagnosis has many rules to try; all models together take all.
-IN_TURN = {"D": 2, "E": 2, "F": 2, "G": 2}
+IN_TURN = {"D": 1, "E": 2, "F": 1, "G": 1, "P": 1}
 
 
 @functools.cache

@@ -114,6 +114,17 @@ def _shared_reads_the_dispatched(layer: FusedMoE, comm: Communicator) -> None:
     shared.run = on_gathered  # type: ignore[method-assign]
 
 
+def _shared_beside_plain_experts(case: Case) -> bool:
+    """One router, whose experts read what the shared ones read: in their width, and not weighed before."""
+    spec = case.spec
+    return (
+        has_shared(case)
+        and spec.experts.latent_size is None
+        and spec.vision is None
+        and spec.routing.weight_on == "output"
+    )
+
+
 # ---- C4
 
 
@@ -128,7 +139,7 @@ LATE_PROJECTION = planning(lambda plan, layer: {
 
 def _cutting(trunc: Callable[[Tensor, int], Tensor]) -> Plant:
     def plant(layer: FusedMoE, comm: Communicator) -> None:
-        layer.runner.trunc = trunc  # type: ignore[method-assign]
+        layer.runner.trunc = trunc  # type: ignore[assignment, method-assign]
 
     return plant
 
@@ -179,7 +190,7 @@ FAULTS: tuple[Fault, ...] = (
         name="shared_read_the_dispatched_batch", family="C2", also=("H2",), computes="R + S(first rows of all ranks)",
         references=("vllm-project/vllm#28740", "vllm-project/vllm#24538"),
         case="deepseek_v3@tp2.ep4.dp2.tokens32", words="dispatched batch",
-        applies=lambda case: has_shared(case) and case.spec.experts.latent_size is None, layer=_shared_reads_the_dispatched, grids=DISPATCHED,
+        applies=_shared_beside_plain_experts, layer=_shared_reads_the_dispatched, grids=DISPATCHED,
     ),
     Fault(
         name="latent_projection_ahead_of_the_sum", family="C4", computes="P*R + S + tp*b",

@@ -145,7 +145,7 @@ def kernels(change: Callable[[FusedMoEKernel, FusedMoE, Communicator], None]) ->
             change(kernel, layer, comm)
             return kernel
 
-        layer.make_kernel = made  # type: ignore[method-assign]
+        layer.make_kernel = made  # type: ignore[assignment, method-assign]
         change(layer.runner.kernel, layer, comm)
 
     return plant
@@ -161,7 +161,7 @@ def answering(change: Callable[[Tensor, Tensor, FusedMoE, Communicator], Tensor]
             y_MH = yield from right(x_MH, *given)
             return change(y_MH, x_MH, layer, comm)
 
-        layer.runner.steps = steps  # type: ignore[method-assign]
+        layer.runner.steps = steps  # type: ignore[assignment, method-assign]
 
     return plant
 

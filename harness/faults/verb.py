@@ -134,7 +134,8 @@ def planted(fault: Fault, case: Case) -> Placed:
     if reason is None and outputs is not None:
         given = problem(case)
         judged = bars.judge(outputs, given.stages.output_MH, given.dtype, case.rows)
-    told = str(case) != str(parse(fault.case)) or fault.words in finding.diagnosis
+    told = case != parse(fault.case) or fault.words in finding.diagnosis
+    told = told or finding.family in fault.also  # the same function by another name, whichever was told before
     return Placed(
         fault=fault.name, case=str(case), outcome="equivalent" if reason is not None else _outcome(fault, finding),
         family=finding.family, diagnosis=finding.diagnosis, reason=reason or "", bars=judged, as_told=told,
