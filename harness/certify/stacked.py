@@ -19,13 +19,14 @@ from torch import Tensor
 
 from harness.case import Grid, groups_of
 from harness.certify.law import Ledger
-from harness.certify.states import LayerState, latent_of, spec_of
+from harness.certify.states import LayerState, latent_of, settings_of, spec_of
 from harness.certify.world import LATENT_LABEL, LATER, DTYPES, junk, logits_of, seats, weights_of, world
 from harness.comm import Call, Communicator, Group
 from harness.runner.layer import FusedMoE, Kernel
 from harness.runner.modular_kernel import FusedMoEKernel, Steps
 from harness.runner.placement import Placement
-from harness.runner.plan import Reduced
+from harness.runner.moe_runner import MoERunner
+from harness.runner.plan import OutputPlan, Reduced
 from harness.runner.router import FusedMoERouter, ZeroExpertRouter
 from harness.runner.shared_experts import SharedExperts
 
@@ -95,6 +96,8 @@ class _StackedKernel(FusedMoEKernel):
     label_nP: Tensor
     owners_KP: Tensor
     ids_nK: dict[torch.dtype, Tensor]
+    weights_nK: Tensor  # of a monolithic one, which routes by itself
+    usual: dict[torch.dtype, tuple[Tensor, Tensor]]  # the last weights handed over, and the labels times them
 
     def steps(self, x_MP: Tensor, weights_MK: Tensor, ids_MK: Tensor) -> Steps:
         right = self.ids_nK.get(ids_MK.dtype)
@@ -110,23 +113,73 @@ class _StackedKernel(FusedMoEKernel):
 
     def _label(self, x_MP: Tensor, weights_MK: Tensor) -> Steps:
         self.ledger += self.announced
-        out_MP = (weights_MK @ self.owners_KP * self.label_nP * x_MP[:, :1]).to(x_MP.dtype)
+        usual = self.usual.get(x_MP.dtype)
+        if usual is None or not torch.equal(usual[0], weights_MK):
+            usual = weights_MK.clone(), (weights_MK @ self.owners_KP * self.label_nP).to(x_MP.dtype)
+            self.usual[x_MP.dtype] = usual
+        out_MP = usual[1] * x_MP[:, :1]
         yield
         return out_MP
 
-    weights_nK: Tensor
+
+class _Remembered(dict[int, tuple[Tensor, Tensor]]):
+    """The routing that a runner remembers, for those who ask afterwards. read: somebody asked."""
+
+    read = False
+
+    def __getitem__(self, key: int) -> tuple[Tensor, Tensor]:
+        self.read = True
+        return super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[int]:
+        self.read = True
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        self.read = True
+        return super().__len__()
+
+    def __contains__(self, key: object) -> bool:
+        self.read = True
+        return super().__contains__(key)
+
+
+class _WatchedRunner(MoERunner):
+    """The runner, told on if a forward reads the plan that an earlier one left behind."""
+
+    planned = False
+    read_history = False
+
+    @property
+    def last_plan(self) -> OutputPlan | None:  # type: ignore[override]
+        if not self.planned:
+            self.read_history = True
+        plan: OutputPlan | None = self.__dict__["last_plan"]
+        return plan
+
+    @last_plan.setter
+    def last_plan(self, plan: OutputPlan | None) -> None:
+        self.__dict__["last_plan"], self.planned = plan, True
+
+
+# of a runner: what `StackedLayer.seen` compares by itself, and what no forward reads unless `_WatchedRunner` tells
+_COMPARED = {
+    "facts", "router", "kernel", "shared_experts", "routed_input_transform", "routed_output_transform", "placement",
+    "shared_order", "share",
+}  # fmt: skip
+_WATCHED = {"comm", "last_plan", "_told", "planned", "read_history"}
 
 
 class StackedLayer(FusedMoE):
     """A real layer, built as rank 0 builds it, whose runner then works for all ranks."""
 
     def __init__(self, layer: LayerState, kernel: str) -> None:
-        from harness.certify.states import settings_of
-
         self._state = layer
         self._world = _worlds(layer.grid)
         super().__init__(spec_of(layer), settings_of(layer, kernel), weights_of(layer), self._world.first)
         runner = self.runner
+        runner.__class__ = _WatchedRunner
+        runner._told = _Remembered()
         runner.comm = self._world.comm  # type: ignore[assignment]
         runner.router = self._world.router(self._router, logits_of(layer))
         if runner.shared_experts is not None:
@@ -141,10 +194,19 @@ class StackedLayer(FusedMoE):
         """Everything of the layer that a runner's forward can see; equal for two layers, it works on both alike."""
         runner = self.runner
         transforms = (runner.routed_input_transform, runner.routed_output_transform)
+        shared = runner.shared_experts
+        more = {name: each for name, each in runner.__dict__.items() if name not in _COMPARED | _WATCHED}
         return (
-            runner.facts, id(runner.router), id(runner.kernel), runner.shared_experts is None, runner.shared_order,
-            runner.share, runner.placement, *(t and (id(t.weight), t.bias is None or id(t.bias)) for t in transforms),
+            runner.facts, id(runner.router), id(runner.kernel), runner.shared_order, runner.share, runner.placement,
+            shared and (type(shared), len(shared.__dict__), len(shared._outputs)), tuple(map(_named, more.items())),
+            *(each and (id(each.weight), each.bias is None or id(each.bias)) for each in transforms),
         )  # fmt: skip
+
+
+def _named(item: tuple[str, object]) -> tuple[str, object]:
+    """Hashable: by value where that can be."""
+    name, value = item
+    return name, value if isinstance(value, str | int | float | bool | None) else id(value)
 
 
 class _World:
@@ -189,7 +251,7 @@ class _World:
         if key not in self._kernels:
             kernel = make(backend, placement)
             kernel.__class__ = _StackedKernel
-            kernel.ledger = self.comm.ledger
+            kernel.ledger, kernel.usual = self.comm.ledger, {}
             kernel.label_nP, kernel.owners_KP = self._labels(backend, fused, latent, int(state.pad), state.zero == "yes")
             experts = list(range(self.sizes.ep + fused)) + [-1] * (state.zero == "yes")
             ids_nK = torch.tensor(experts).expand(self.sizes.ranks, -1)
@@ -255,13 +317,14 @@ class Kept:
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: dict(value) if type(value) is dict else value for name, value in state.items()}
+    return {name: type(value)(dict.copy(value)) if isinstance(value, dict) else value for name, value in state.items()}
 
 
 def call(layer: StackedLayer, x_nH: tuple[Tensor, ...]) -> tuple[list[Tensor], Ledger]:
     """One call, or as many micro-batches as there are; what comes out of it, after the caller's reduction if it is his."""
     comm, runner = layer._world.comm, layer.runner
     comm.ledger.clear()
+    runner.planned = False  # type: ignore[attr-defined]
     if len(x_nH) == 1:
         out_nH = [runner.forward(x_nH[0], _LOGITS)]
     else:
@@ -270,6 +333,12 @@ def call(layer: StackedLayer, x_nH: tuple[Tensor, ...]) -> tuple[list[Tensor], L
     if runner.last_plan.routed_reduced is Reduced.BY_CALLER:
         out_nH = [comm.tp.all_reduce(each) for each in out_nH]
     return out_nH, tuple(comm.ledger)
+
+
+def read_history(layer: StackedLayer) -> bool:
+    """Whether the last call has looked at what calls before it left behind."""
+    runner: Any = layer.runner
+    return runner.read_history or runner._told.read
 
 
 _LOGITS = torch.empty(0)  # nobody reads them: what the router chose is known
