@@ -62,6 +62,16 @@ def digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(bare, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def check_writable(path: str) -> None:
+    """UsageError before the work is done, and not after it."""
+    folder = Path(path).absolute().parent
+    if Path(path).is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UsageError(
+            f"--output {path}: expected a file in a folder that is there and can be written. "
+            "Type --output certificate.json.gz"
+        )
+
+
 def write(path: str, body: dict[str, Any]) -> int:
     """The number of bytes. Written beside and renamed, so that no half of a certificate ever stands there."""
     text = json.dumps({**body, "hash": digest(body)}, sort_keys=True, separators=(",", ":"))
@@ -70,12 +80,8 @@ def write(path: str, body: dict[str, Any]) -> int:
     try:
         beside.write_bytes(packed)
         beside.replace(path)
-    except OSError as error:
+    finally:
         beside.unlink(missing_ok=True)
-        raise UsageError(
-            f"--output {path}: {error.strerror}. Expected a file in a folder that can be written. "
-            "Type --output certificate.json.gz"
-        ) from None
     return len(packed)
 
 

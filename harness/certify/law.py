@@ -9,7 +9,7 @@ import functools
 import struct
 
 from harness.case import Grid, parse_grid
-from harness.certify.states import S, LayerState, State
+from harness.certify.states import S, State
 
 # for each rank the coefficients of: the token (zero experts), the routed shard of each rank, the expert bias as each
 # rank may add it, the shared shard of each rank, the bias of the output transform
@@ -72,9 +72,7 @@ def ledger(state: State) -> Ledger:
 
 
 @functools.cache
-def _ledger(
-    grid: str, experts: str, kernel: str, apart: bool, bias: bool, reduce: str, history: str
-) -> Ledger:
+def _ledger(grid: str, experts: str, kernel: str, apart: bool, bias: bool, reduce: str, history: str) -> Ledger:
     sizes = parse_grid(grid)
     batches = 2 if history == "two_batches" else 1
     announced = _transport(sizes, kernel, experts == "monolithic")

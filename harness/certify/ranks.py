@@ -7,7 +7,6 @@ N rows that reached a rank, K slots, P kernel width, E local experts, B rows of 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch

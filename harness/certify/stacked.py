@@ -2,7 +2,7 @@
 
 Nothing in a runner's forward may depend on which rank it is, so that one pass does for all of them, ten times as fast as
 ranks that wait for each other. Code that asks for its rank is not believed: it raises `AskedForRank`, and the state is
-run on ranks apart (`harness.certify.apart`). The runner is the real one of a really built layer, its kernel decides by the
+run on ranks apart (`harness.certify.ranks`). The runner is the real one of a really built layer, its kernel decides by the
 real transport; only what the kernel returns, and the shared module, are labels.
 
 n ranks, H hidden, P kernel width, K slots of a token.
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from dataclasses import asdict
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,13 +21,13 @@ from torch import Tensor
 from harness.case import Grid, groups_of
 from harness.certify.law import Ledger
 from harness.certify.states import LayerState, latent_of, settings_of, spec_of
-from harness.certify.world import LATENT_LABEL, LATER, DTYPES, junk, logits_of, seats, weights_of, world
+from harness.certify.world import DTYPES, LATENT_LABEL, junk, logits_of, seats, weights_of, world
 from harness.comm import Call, Communicator, Group
 from harness.runner.layer import FusedMoE, Kernel
 from harness.runner.modular_kernel import FusedMoEKernel, Steps
-from harness.runner.placement import Placement
 from harness.runner.moe_runner import MoERunner
-from harness.runner.plan import OutputPlan, Reduced
+from harness.runner.placement import Placement
+from harness.runner.plan import LayerFacts, OutputPlan, Reduced
 from harness.runner.router import FusedMoERouter, ZeroExpertRouter
 from harness.runner.shared_experts import SharedExperts
 
@@ -145,13 +146,26 @@ class _Remembered(dict[int, tuple[Tensor, Tensor]]):
 
 
 class _WatchedRunner(MoERunner):
-    """The runner, told on if a forward reads the plan that an earlier one left behind."""
+    """The runner, told on if a forward reads the plan that an earlier one left behind, or decides outside `plan`.
 
-    planned = False
-    read_history = False
+    decided: the order of shared experts, or a fact of the layer but s itself, was read outside `plan` by any runner since
+    this was set back.
+    """
+
+    planned: bool
+    deciding: bool
+    read_history: bool
+    decided: ClassVar[bool] = False
+
+    def plan(self, dtype: torch.dtype, width: int) -> OutputPlan:
+        self.deciding = True
+        try:
+            return super().plan(dtype, width)
+        finally:
+            self.deciding = False
 
     @property
-    def last_plan(self) -> OutputPlan | None:  # type: ignore[override]
+    def last_plan(self) -> OutputPlan | None:
         if not self.planned:
             self.read_history = True
         plan: OutputPlan | None = self.__dict__["last_plan"]
@@ -161,13 +175,47 @@ class _WatchedRunner(MoERunner):
     def last_plan(self, plan: OutputPlan | None) -> None:
         self.__dict__["last_plan"], self.planned = plan, True
 
+    @property
+    def shared_order(self) -> Any:
+        if not self.deciding:
+            _WatchedRunner.decided = True
+        return self.__dict__["shared_order"]
 
-# of a runner: what `StackedLayer.seen` compares by itself, and what no forward reads unless `_WatchedRunner` tells
-_COMPARED = {
-    "facts", "router", "kernel", "shared_experts", "routed_input_transform", "routed_output_transform", "placement",
-    "shared_order", "share",
+    @shared_order.setter
+    def shared_order(self, order: Any) -> None:
+        self.__dict__["shared_order"] = order
+
+    @property
+    def facts(self) -> LayerFacts:
+        facts: LayerFacts = self.__dict__["facts"]
+        return facts if self.deciding else _watched(facts)
+
+    @facts.setter
+    def facts(self, facts: LayerFacts) -> None:
+        self.__dict__["facts"] = facts
+
+
+class _WatchedFacts(LayerFacts):
+    """Facts that tell if more than s is read of them."""
+
+    __slots__ = ()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in LayerFacts.__slots__ and name != "scale":
+            _WatchedRunner.decided = True
+        return super().__getattribute__(name)
+
+
+@functools.lru_cache(maxsize=256)
+def _watched(facts: LayerFacts) -> LayerFacts:
+    return _WatchedFacts(**asdict(facts))
+
+
+# of a runner: what `StackedLayer.seen` compares, and what no forward reads unless `_WatchedRunner` tells
+_KNOWN = {
+    "facts", "router", "kernel", "shared_experts", "shared_order", "routed_input_transform", "routed_output_transform",
+    "placement", "share", "comm", "last_plan", "_told", "planned", "deciding", "read_history",
 }  # fmt: skip
-_WATCHED = {"comm", "last_plan", "_told", "planned", "read_history"}
 
 
 class StackedLayer(FusedMoE):
@@ -179,7 +227,8 @@ class StackedLayer(FusedMoE):
         super().__init__(spec_of(layer), settings_of(layer, kernel), weights_of(layer), self._world.first)
         runner = self.runner
         runner.__class__ = _WatchedRunner
-        runner._told = _Remembered()
+        assert isinstance(runner, _WatchedRunner)
+        runner._told, runner.planned, runner.deciding, runner.read_history = _Remembered(), False, False, False
         runner.comm = self._world.comm  # type: ignore[assignment]
         runner.router = self._world.router(self._router, logits_of(layer))
         if runner.shared_experts is not None:
@@ -191,21 +240,36 @@ class StackedLayer(FusedMoE):
 
     @property
     def seen(self) -> tuple[Any, ...]:
-        """Everything of the layer that a runner's forward can see; equal for two layers, it works on both alike."""
-        runner = self.runner
-        transforms = (runner.routed_input_transform, runner.routed_output_transform)
-        shared = runner.shared_experts
-        more = {name: each for name, each in runner.__dict__.items() if name not in _COMPARED | _WATCHED}
+        """Everything of the layer that a runner's forward can see."""
+        now = self.runner.__dict__
+        return now["facts"], now["shared_order"], *self._parts()
+
+    def _parts(self) -> tuple[Any, ...]:
+        now, shared = self.runner.__dict__, self.runner.shared_experts
+        more: tuple[Any, ...] = ()
+        if now.keys() != _KNOWN:
+            more = tuple(_named(name, each) for name, each in now.items() if name not in _KNOWN)
+        transforms = (now["routed_input_transform"], now["routed_output_transform"])
         return (
-            runner.facts, id(runner.router), id(runner.kernel), runner.shared_order, runner.share, runner.placement,
-            shared and (type(shared), len(shared.__dict__), len(shared._outputs)), tuple(map(_named, more.items())),
+            id(now["router"]), id(now["kernel"]), now["share"], now["placement"], more,
+            shared and (type(shared), len(shared.__dict__), len(shared._outputs)),
             *(each and (id(each.weight), each.bias is None or id(each.bias)) for each in transforms),
         )  # fmt: skip
 
+    def planned(self, kernels: tuple[str, ...]) -> tuple[Any, ...]:
+        """The same with the plans of all first calls in place of what only plans are made of.
 
-def _named(item: tuple[str, object]) -> tuple[str, object]:
+        Two layers that are alike in this differ in nothing, if nothing was decided outside of plans (`decided`).
+        """
+        runner, parts, plans = self.runner, self._parts(), []
+        for kernel in kernels:
+            runner.kernel = self.make_kernel(kernel, runner.placement)  # type: ignore[arg-type]  # a word of CALL_AXES
+            plans += [runner.plan(dtype, self._latent) for dtype in DTYPES.values()]
+        return runner.facts.scale, *plans, *parts
+
+
+def _named(name: str, value: object) -> tuple[str, object]:
     """Hashable: by value where that can be."""
-    name, value = item
     return name, value if isinstance(value, str | int | float | bool | None) else id(value)
 
 
@@ -239,8 +303,10 @@ class _World:
             order = ids_1K[0].argsort()  # ties: any order is right
             rows = torch.zeros(self.sizes.ranks, 1)
             chosen = _Chosen(rows + weights_1K[:, order], rows.long() + ids_1K[:, order], real.scales)
-            zero = isinstance(real, ZeroExpertRouter)
-            self._routers[key] = ZeroExpertRouter(chosen, real.num_experts) if zero else chosen
+            if isinstance(real, ZeroExpertRouter):
+                self._routers[key] = ZeroExpertRouter(chosen, real.num_experts)
+            else:
+                self._routers[key] = chosen
         return self._routers[key]
 
     def kernel(self, layer: StackedLayer, make: Any, backend: str, placement: Placement | None) -> FusedMoEKernel:
@@ -252,7 +318,9 @@ class _World:
             kernel = make(backend, placement)
             kernel.__class__ = _StackedKernel
             kernel.ledger, kernel.usual = self.comm.ledger, {}
-            kernel.label_nP, kernel.owners_KP = self._labels(backend, fused, latent, int(state.pad), state.zero == "yes")
+            kernel.label_nP, kernel.owners_KP = self._labels(
+                backend, fused, latent, int(state.pad), state.zero == "yes"
+            )
             experts = list(range(self.sizes.ep + fused)) + [-1] * (state.zero == "yes")
             ids_nK = torch.tensor(experts).expand(self.sizes.ranks, -1)
             kernel.ids_nK = {kernel.topk_indices_dtype: ids_nK.to(kernel.topk_indices_dtype)}
@@ -307,17 +375,19 @@ class Kept:
     """What a layer remembers, to be put back: the calls after it start from the same history."""
 
     def __init__(self, layer: StackedLayer) -> None:
-        owners = [layer, layer.runner, layer.runner.shared_experts]
-        self._kept = [(owner, _copied(owner.__dict__)) for owner in owners if owner is not None]
+        self._kept = []
+        for owner in (layer, layer.runner, layer.runner.shared_experts):
+            if owner is not None:
+                state = dict(owner.__dict__)
+                inner = [(name, type(each), dict.copy(each)) for name, each in state.items() if isinstance(each, dict)]
+                self._kept.append((owner.__dict__, state, inner))
 
     def restore(self) -> None:
-        for owner, state in self._kept:
-            owner.__dict__.clear()
-            owner.__dict__.update(_copied(state))
-
-
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: type(value)(dict.copy(value)) if isinstance(value, dict) else value for name, value in state.items()}
+        for now, state, inner in self._kept:
+            now.clear()
+            now.update(state)
+            for name, kind, each in inner:
+                now[name] = kind(each)
 
 
 def call(layer: StackedLayer, x_nH: tuple[Tensor, ...]) -> tuple[list[Tensor], Ledger]:
@@ -333,6 +403,12 @@ def call(layer: StackedLayer, x_nH: tuple[Tensor, ...]) -> tuple[list[Tensor], L
     if runner.last_plan.routed_reduced is Reduced.BY_CALLER:
         out_nH = [comm.tp.all_reduce(each) for each in out_nH]
     return out_nH, tuple(comm.ledger)
+
+
+def decided() -> bool:
+    """Whether any runner has read outside its plan what plans are made of; forgets it, to be asked again."""
+    found, _WatchedRunner.decided = _WatchedRunner.decided, False
+    return found
 
 
 def read_history(layer: StackedLayer) -> bool:

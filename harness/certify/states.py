@@ -98,6 +98,7 @@ def layer_code(layer: LayerState) -> int:
     return _code(layer, LAYER_AXES)
 
 
+@functools.cache
 def call_code(call: CallState) -> int:
     return _code(call, CALL_AXES)
 
@@ -137,13 +138,14 @@ def layers_of(grid: str) -> Iterator[tuple[LayerState, tuple[str, ...]]]:
     """
     asked = [values for name, values in LAYER_AXES.items() if name not in ("grid", "pad", "share")]
     for words in itertools.product(*asked):
-        plain = LayerState(grid, *words, pad="0", share="1")
+        plain = LayerState._make((grid, *words, "0", "1"))
         kernels = tuple(kernel for kernel in KERNELS if refusal(plain, kernel) is None)
         if kernels:
             for pad, share in itertools.product(LAYER_AXES["pad"], LAYER_AXES["share"]):
                 yield plain._replace(pad=pad, share=share), kernels
 
 
+@functools.cache
 def calls_of(kernels: tuple[str, ...]) -> list[CallState]:
     """Every call of a layer that these kernels may serve."""
     calls = []

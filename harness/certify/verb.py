@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from harness.case import parse_grid
-from harness.certify import certificate, states
+from harness.certify import certificate, pieces, states
 from harness.certify.ranks import on_ranks
 from harness.certify.walk import Walked, Wrong, difference, walk
 from harness.errors import HarnessError
@@ -29,21 +29,30 @@ def prepared(_: str) -> Callable[[str], object]:
 
 def certify(path: str, *, jobs: int, as_json: bool) -> int:
     started = time.perf_counter()
-    walks, lost = _walks(states.LAYER_AXES["grid"], jobs)
-    found = [walked for walked in walks.values() if walked.wrongs]
-    wrong = lost + [each for walked in found for each in walked.wrong]
+    certificate.check_writable(path)
+    grids = states.LAYER_AXES["grid"]
+    walks, judged, lost = _run(grids, pieces.cases(), jobs)
+    wrong = [each for walked in walks.values() for each in walked.wrong]
+    failed = [
+        Wrong(case, f"{verdict}: {told}") for case, (verdict, told) in judged.items() if verdict not in pieces.RIGHT
+    ]
+    legal = sum(walked.states for walked in walks.values())
     figures: dict[str, Any] = {
         "product": states.PRODUCT,
-        "legal": sum(walked.states for walked in walks.values()),
-        "refused": states.PRODUCT - sum(walked.states for walked in walks.values()),
+        "legal": legal,
+        "refused": states.PRODUCT - legal,
         "runs": sum(walked.runs for walked in walks.values()),
         "rank_by_rank": sum(walked.apart for walked in walks.values()),
         "after_a_swap_alike": sum(walked.alike for walked in walks.values()),
-        "wrong": sum(walked.wrongs for walked in found) + len(lost),
+        "pieces": len(judged),
+        "wrong": sum(walked.wrongs for walked in walks.values()),
+        "wrong_pieces": len(failed),
+        "lost": len(lost),
     }
+    wrong += failed + lost
     if not wrong:
-        body = certificate.certificate((walks[grid] for grid in states.LAYER_AXES["grid"]), [])
-        figures["bytes"] = certificate.write(path, body)
+        verdicts = [[case, verdict] for case, (verdict, _) in sorted(judged.items())]
+        figures["bytes"] = certificate.write(path, certificate.certificate((walks[grid] for grid in grids), verdicts))
     figures["seconds"] = round(time.perf_counter() - started, 1)
     if as_json:
         told = [{"state": each.state, "difference": each.text} for each in wrong[:TOLD]]
@@ -53,20 +62,32 @@ def certify(path: str, *, jobs: int, as_json: bool) -> int:
     return 1 if wrong else 0
 
 
-def _walks(grids: tuple[str, ...], jobs: int) -> tuple[dict[str, Walked], list[Wrong]]:
-    """What each grid gave; and those of which nothing came, as a state that is wrong."""
+def _run(
+    grids: tuple[str, ...], cases: tuple[str, ...], jobs: int
+) -> tuple[dict[str, Walked], dict[str, tuple[str, str]], list[Wrong]]:
+    """What each grid gave, the verdict of each piece, and what nothing came back of."""
     walks: dict[str, Walked] = {}
+    judged: dict[str, tuple[str, str]] = {}
     lost: list[Wrong] = []
 
     def take(outcome: Outcome) -> None:
-        if outcome.kind == "finding":
+        if outcome.kind != "finding":
+            what = "all states of " if outcome.case in grids else ""
+            lost.append(Wrong(f"{what}{outcome.case}", f"{outcome.kind}: {str(outcome.payload).strip()}"))
+        elif isinstance(outcome.payload, Walked):
             walks[outcome.case] = outcome.payload
         else:
-            lost.append(Wrong(f"{outcome.case} (all states)", f"{outcome.kind}: {outcome.payload}"))
+            judged[outcome.case] = outcome.payload
 
-    largest_first = sorted(grids, key=_size, reverse=True)
-    run_all([Batch("runner", (grid,), "harness.certify.verb:prepared") for grid in largest_first], jobs, LIMIT_S, take)
-    return walks, lost
+    batches = [Batch("runner", (grid,), "harness.certify.verb:prepared") for grid in sorted(grids, key=_size)[::-1]]
+    batches += [Batch("runner", part, "harness.certify.pieces:prepared") for part in _parts(cases)]
+    run_all(batches, jobs, LIMIT_S, take)
+    return walks, judged, lost
+
+
+def _parts(cases: tuple[str, ...], size: int = 400) -> Iterator[tuple[str, ...]]:
+    for first in range(0, len(cases), size):
+        yield cases[first : first + size]
 
 
 def _size(grid: str) -> tuple[bool, int]:
@@ -77,13 +98,15 @@ def _size(grid: str) -> tuple[bool, int]:
 
 def _print(path: str, figures: dict[str, Any], wrong: list[Wrong]) -> None:
     print(
-        f"{figures['product']:,} states, {figures['legal']:,} legal, {figures['refused']:,} refused; "
-        f"{figures['runs']:,} calls of the runner in {figures['seconds']:.1f} s"
+        f"{figures['product']:,} states: {figures['legal']:,} legal, {figures['refused']:,} refused\n"
+        f"{figures['runs']:,} calls of the runner, {figures['rank_by_rank']:,} states rank by rank, "
+        f"{figures['pieces']:,} layers of models; {figures['seconds']:.1f} s"
     )
     for each in wrong[:TOLD]:
         print(f"wrong: {each.state}\n    {each.text}")
     if wrong:
-        print(f"{figures['wrong']:,} states are wrong. No certificate is written")
+        count = figures["wrong"] + figures["wrong_pieces"] + figures["lost"]
+        print(f"{count:,} wrong. No certificate is written, {path} stays as it was")
     else:
         print(f"every legal state gives exactly what the law demands\n{path}: {figures['bytes']:,} bytes")
         print(f"check it: {certificate.check(path)}")

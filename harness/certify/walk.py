@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from harness.case import KERNELS
 from harness.certify import law, stacked, states
 from harness.certify.law import Coefficients, Ledger
 from harness.certify.ranks import on_ranks
@@ -16,9 +18,16 @@ from harness.certify.stacked import AskedForRank, Kept, StackedLayer
 from harness.certify.states import CallState, LayerState
 from harness.certify.world import DTYPES, LATER, World, world
 
-# for every call of a layer: its code, and the places of its coefficients and of its ledger in the lists of them
-Table = tuple[tuple[int, int, int], ...]
+# a call's code, and the places of its coefficients and of its ledger in the lists of them
+Row = tuple[int, int, int]
+Table = tuple[Row, ...]
 TOLD = 20  # wrong states that a grid tells of
+# layers whose kernels are run rank by rank as well
+FEATURES: tuple[dict[str, str], ...] = (
+    {"shared": "sharded", "latent": "bias", "bias": "yes", "zero": "no", "pad": "8", "share": "1"},
+    {"shared": "gated", "latent": "none", "bias": "yes", "zero": "yes", "pad": "0", "share": "0.5"},
+    {"shared": "fused", "latent": "none", "bias": "no", "zero": "no", "pad": "8", "share": "1"},
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +43,7 @@ class Walked:
     """What a grid gave. layers: code of each, and the place of its table.    runs: calls of the runner that were made.
 
     alike: states after a swap whose runner saw nothing else than that of a first call, which had been run.
-    apart: states whose code asked for its rank, so that they were run rank by rank.    wrong: the first of them in full.
+    apart: states that were run rank by rank: some of every transport, and those whose code asked for its rank.    wrong: the first of them in full.
     """
 
     layers: list[tuple[int, int]] = field(default_factory=list)
@@ -49,10 +58,10 @@ class Walked:
     wrong: list[Wrong] = field(default_factory=list)
 
 
-def walk(grid: str, every: int = 1) -> Walked:
-    """every: 1 for all layers of the grid, n for each n-th of them."""
+def walk(grid: str, **only: str) -> Walked:
+    """only: layers with these words alone, by axis, as in zero="yes"; all layers of the grid without."""
     with torch.inference_mode():
-        return _Walk(grid).over(every)
+        return _Walk(grid).over(only)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +82,10 @@ class _Start:
         self.kept.restore()
         return self.built
 
-
-def _is_control(layer: LayerState, dtype: str) -> bool:
-    """Whether calls after a swap are run even if nothing that the runner sees is left of the call before it."""
-    return (layer.pad, layer.share, dtype) == ("0", "1", "fp32")
+    def swapped(self, kernel: str) -> StackedLayer:
+        built = self.restored()
+        built.swap_kernel(kernel)  # type: ignore[arg-type]  # a word of CALL_AXES
+        return built
 
 
 class _Walk:
@@ -94,23 +103,58 @@ class _Walk:
         x_nH = self._world.tokens(dtype)
         return x_nH, x_nH * LATER
 
-    def over(self, every: int) -> Walked:
+    def over(self, only: Mapping[str, str]) -> Walked:
         found = self._found
         contents: dict[Table, int] = {}
-        for number, (layer, kernels) in enumerate(states.layers_of(self._grid)):
-            if number % every:
+        for layer, kernels in states.layers_of(self._grid):
+            if any(getattr(layer, axis) != word for axis, word in only.items()):
                 continue
-            built = self._built(layer, kernels[0])
-            key = (kernels, built.seen if built else layer)
-            if key not in self._tables:
+            place, keys = self._known(layer, kernels)
+            if place is None:
+                stacked.decided()
+                wrongs = found.wrongs
                 table = tuple(sorted(self._run(layer, kernels)))
-                self._tables[key] = contents.setdefault(table, len(contents))
-            place = self._tables[key]
+                place = contents.setdefault(table, len(contents))
+                if found.wrongs == wrongs:
+                    self._tables.update(dict.fromkeys(keys[:1] if stacked.decided() else keys, place))
             found.layers.append((states.layer_code(layer), place))
             found.states += len(states.calls_of(kernels))
+        if not only:
+            self._transports()
         found.tables = list(contents)
         found.coefficients, found.ledgers = list(self._coefficients), list(self._ledgers)
         return found
+
+    def _transports(self) -> None:
+        """What kernels are taken to return and to call is what the real transports of the grid do, rank by rank."""
+        for experts, kernel, features in itertools.product(("modular", "monolithic"), KERNELS, FEATURES):
+            layer = LayerState(self._grid, experts, "router", order="auto", reduce="layer", **features)
+            if states.refusal(layer, kernel) is None:
+                for dtype, history in (("fp32", "first"), ("fp16", "two_batches")):
+                    state = (layer, CallState(dtype, kernel, history))
+                    self._found.apart += 1
+                    self._tell(state, self._apart(state))
+
+    def _tell(self, state: states.State, told: str) -> None:
+        """Of what is wrong with a state, if anything is."""
+        if told:
+            self._found.wrongs += 1
+            if len(self._found.wrong) < TOLD:
+                self._found.wrong.append(Wrong(states.told(state), told))
+
+    def _known(self, layer: LayerState, kernels: tuple[str, ...]) -> tuple[int | None, list[object]]:
+        """The place of the table of a layer in which the runner sees the same, if one was run; and this one's keys.
+
+        The first key is all that the runner sees. The other has the plans instead of what they are made of; it counts
+        only where nothing was decided outside of them.
+        """
+        built = self._built(layer, kernels[0])
+        keys: list[object] = [(kernels, layer if built is None else built.seen)]
+        if keys[0] not in self._tables and built is not None:
+            with contextlib.suppress(Exception, AskedForRank):
+                keys.append((kernels, built.planned(kernels)))
+        places = [self._tables[key] for key in keys if key in self._tables]
+        return (places[0] if places else None), keys
 
     def _built(self, layer: LayerState, kernel: str) -> StackedLayer | None:
         """None where a layer cannot be built, which its first call will tell."""
@@ -119,41 +163,44 @@ class _Walk:
         except (Exception, AskedForRank):
             return None
 
-    def _run(self, layer: LayerState, kernels: tuple[str, ...]) -> Iterator[tuple[int, int, int]]:
-        """All calls of a layer; those with a history start from one call that several of them share."""
+    def _run(self, layer: LayerState, kernels: tuple[str, ...]) -> Iterator[Row]:
+        """All calls of a layer; those with a history start from one call that several of them share.
+
+        A runner that sees after a swap what it sees in a layer built with that kernel, and whose call there read nothing
+        of calls before it, does the same: such a state is found alike and not run, but for a part of the space that is
+        run as a control.
+        """
         fresh = {kernel: _Start.of(self._built(layer, kernel)) for kernel in kernels}
         for dtype in DTYPES:
-            forgetful = {}
-            after = {}
+            first: dict[str, Row] = {}
+            after: dict[str, _Start] = {}
+            forgetful = set()
             for kernel in kernels:
-                start = fresh[kernel]
-                yield self._judged(layer, CallState(dtype, kernel, "first"), start)
-                forgetful[kernel] = start.built is not None and not stacked.read_history(start.built)
+                start, wrongs = fresh[kernel], self._found.wrongs
+                first[kernel] = self._judged(layer, CallState(dtype, kernel, "first"), start)
+                forgets = start.built is not None and not stacked.read_history(start.built)
+                if forgets and self._found.wrongs == wrongs:
+                    forgetful.add(kernel)
                 after[kernel] = _Start.of(start.built)
                 yield self._judged(layer, CallState(dtype, kernel, "two_batches"), start)
-            alike = not _is_control(layer, dtype)
-            for first, kernel in itertools.permutations(kernels, 2):
-                known = fresh[kernel].seen if alike and forgetful[kernel] else None
-                yield self._judged(layer, CallState(dtype, kernel, f"after_{first}"), after[first], known)
+            yield from first.values()
+            control = (layer.pad, layer.share, dtype) == ("0", "1", "fp32")
+            for earlier, kernel in itertools.permutations(kernels, 2):
+                call, start = CallState(dtype, kernel, f"after_{earlier}"), after[earlier]
+                if not control and kernel in forgetful and start.swapped(kernel).seen == fresh[kernel].seen:
+                    self._found.alike += 1
+                    yield states.call_code(call), *first[kernel][1:]
+                else:
+                    yield self._judged(layer, call, start)
 
-    def _judged(
-        self, layer: LayerState, call: CallState, start: _Start, known: object = None
-    ) -> tuple[int, int, int]:
-        """known: what the runner of a first call with this kernel sees, if that call reads nothing of earlier ones: a
-        runner that sees the same after a swap needs no run to do the same."""
+    def _judged(self, layer: LayerState, call: CallState, start: _Start) -> Row:
         state = (layer, call)
         lawful = (law.coefficients(state), law.ledger(state), call.dtype)
         wanted_nH, wanted, coefficients, ledger = self._lawful.get(lawful) or self._expected(*lawful)
         tokens = self._tokens[call.dtype]
-        code = (states.call_code(call), coefficients, ledger)
+        self._found.runs += 1
         try:
-            built = start.restored()
-            if call.history.startswith("after"):
-                built.swap_kernel(call.kernel)  # type: ignore[arg-type]
-                if known is not None and built.seen == known:
-                    self._found.alike += 1
-                    return code
-            self._found.runs += 1
+            built = start.swapped(call.kernel) if call.history.startswith("after") else start.restored()
             given_nH, seen = stacked.call(built, tokens if call.history == "two_batches" else tokens[:1])
             right = seen == wanted and all(map(torch.equal, given_nH, wanted_nH))
             told = "" if right else self._told(state, given_nH, seen)
@@ -162,11 +209,8 @@ class _Walk:
             told = self._apart(state)
         except Exception as error:
             told = f"{type(error).__name__}: {error}"
-        if told:
-            self._found.wrongs += 1
-            if len(self._found.wrong) < TOLD:
-                self._found.wrong.append(Wrong(states.told(state), told))
-        return code
+        self._tell(state, told)
+        return states.call_code(call), coefficients, ledger
 
     def _expected(
         self, coefficients: Coefficients, ledger: Ledger, dtype: str
@@ -222,8 +266,11 @@ def _columns(row: tuple[float, ...], right: tuple[float, ...], ranks: int) -> It
     }
     for kind, columns in kinds.items():
         if row[columns] != right[columns]:
-            numbers: Callable[[tuple[float, ...]], str] = lambda values: " ".join(f"{value:g}" for value in values)
-            yield f"{kind} {numbers(row[columns])}, expected {numbers(right[columns])}"
+            yield f"{kind} {_numbers(row[columns])}, expected {_numbers(right[columns])}"
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def _calls(ledger: Ledger) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from harness.case import Grid, parse_grid
 from harness.certify.law import Coefficients
 from harness.certify.states import LayerState, hidden_of, latent_of, spec_of
-from reference.spec import MoESpec, weight_shapes
+from reference.spec import weight_shapes
 
 LATENT_LABEL = 4.0  # the input transform multiplies the token by it, so that an untransformed one is seen
 LATER = 2.0**-8  # of the second micro-batch, so that an exchanged output is seen
@@ -63,12 +63,13 @@ def world(grid: str) -> World:
 
 def weights_of(layer: LayerState) -> dict[str, Tensor]:
     """What the real layer is built from. The transforms count; of the experts only who keeps b2 is looked at."""
-    return _weights(spec_of(layer), parse_grid(layer.grid).ranks)
+    return _weights(layer._replace(experts="", order="", reduce="", pad="", share="1"))
 
 
 @functools.cache
-def _weights(spec: MoESpec, ranks: int) -> dict[str, Tensor]:
-    weights = {name: torch.zeros(shape) for name, shape in weight_shapes(spec).items()}
+def _weights(layer: LayerState) -> dict[str, Tensor]:
+    ranks = world(layer.grid).sizes.ranks
+    weights = {name: torch.zeros(shape) for name, shape in weight_shapes(spec_of(layer)).items()}
     if "b2" in weights:
         weights["b2"].fill_(1.0)
     return weights | {name: tensor for name, tensor in _transforms(ranks).items() if name in weights}
