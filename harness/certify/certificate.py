@@ -99,9 +99,11 @@ def read(path: str) -> dict[str, Any]:
     if body.get("hash") != digest(body):
         raise UsageError(f"--output {path}: its hash is not that of its content, somebody has changed it. {again}")
     axes = (states.LAYER_AXES, states.CALL_AXES)
-    told = tuple({name: tuple(values) for name, values in body[key]} for key in ("layer_axes", "call_axes"))
+    told = tuple({name: tuple(values) for name, values in body.get(key, ())} for key in ("layer_axes", "call_axes"))
     if told != axes:
-        raise UsageError(f"--output {path}: made by harness {body['harness']}, whose states are other ones. {again}")
+        raise UsageError(
+            f"--output {path}: made by harness {body.get('harness')}, whose states are other ones. {again}"
+        )
     return body
 
 

@@ -40,7 +40,7 @@ def prepared(system_name: str) -> Callable[[str], tuple[str, str]]:
     import torch
 
     from harness.check import check
-    from harness.probe import run_probe
+    from harness.probe import probe
     from harness.systems import resolve
 
     torch.set_num_threads(1)
@@ -52,7 +52,7 @@ def prepared(system_name: str) -> Callable[[str], tuple[str, str]]:
         except UsageError as error:
             return "refused", str(error)
         if case.size == "labels":
-            found = run_probe(case, system)
+            found = probe(case, system)
             return found.verdict, found.sentence
         finding = check(case, system)
         return finding.verdict.value, finding.diagnosis
