@@ -100,6 +100,7 @@ def _checks() -> Iterator[Measured]:
     yield Measured("checks a second, fp32, one core, as in a matrix", _rate(on_tp, cold=False), "/s", 600.0, True)
     yield Measured("the same, oracle anew for every check", _rate(on_tp, cold=True), "/s", 600.0, True)
     yield Measured("checks a second, fp32, one core, 8 ranks", _rate(on_eight, cold=False), "/s", 250.0, True)
+    yield Measured("labelled layers a second, fp32, one core, tp 4", _probes(names), "/s", 1500.0, True)
 
 
 def _rate(cases: Sequence[Case], *, cold: bool) -> float:
@@ -120,6 +121,23 @@ def _rate(cases: Sequence[Case], *, cold: bool) -> float:
         spent += time.perf_counter() - started
         assert finding.verdict is Verdict.OK, finding
     return len(cases) / spent
+
+
+def _probes(names: Sequence[str]) -> float:
+    """Labelled layers built, run and read; their oracle is made before, as it serves all systems and dtypes."""
+    from harness.case import Case, Grid
+    from harness.probe import labelled_case, run_probe
+    from harness.systems import resolve
+
+    runner, rounds = resolve("runner"), 8
+    cases = [labelled_case(Case(model=name, grid=Grid(tp=4))) for name in names]
+    for case in cases:
+        assert run_probe(case, runner).verdict != "wrong", case
+    started = time.perf_counter()
+    for _ in range(rounds):
+        for case in cases:
+            run_probe(case, runner)
+    return rounds * len(cases) / (time.perf_counter() - started)
 
 
 def _collectives() -> Iterator[Measured]:

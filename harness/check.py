@@ -102,10 +102,10 @@ def _settled(
 
 def _with_probe(finding: Finding, probed: Probe, case: Case, system: System) -> Finding:
     """The finding of a case beside what the probe read: a wrong coefficient is a mismatch whatever the case itself shows."""
-    figures = {**finding.figures, "probe": probed.figures()}
+    labelled = labelled_case(case)
+    figures = {**finding.figures, "probe": {"case": str(labelled), **probed.figures()}}
     if probed.verdict != "wrong":
         return replace(finding, figures=figures)
-    labelled = labelled_case(case)
     shown = f"(labelled probe: moe-harness check '{labelled}')"
     if finding.verdict is Verdict.MISMATCH and finding.family is None and probed.family is not None:
         told = f"{probed.sentence} {shown}"

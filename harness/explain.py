@@ -12,7 +12,7 @@ import torch
 
 from harness.algebra import Evidence, Reading, law, read_shares, read_whole, read_with_input
 from harness.case import SIZES, Case, groups_of
-from harness.check import check, judge
+from harness.check import check
 from harness.comm import Entry
 from harness.compare import compare
 from harness.execution import Run, run_system
@@ -38,7 +38,7 @@ def explain(case: Case, system_name: str, out: TextIO) -> int:
         finding = check(case, system)
         lines: Iterator[str] = iter([])
     else:
-        finding = judge(case, system, given, run)
+        finding = check(case, system)
         lines = _measured(case, system, given, run)
     for line in (*_head(case, system, given, finding), *lines, *_ledger(run)):
         print(line, file=out)
@@ -52,6 +52,9 @@ def _head(case: Case, system: System, given: Problem, finding: Finding) -> Itera
         yield f"  {finding.diagnosis}"
     if finding.reference:
         yield f"  known: {finding.reference}"
+    probe = finding.figures.get("probe")
+    if isinstance(probe, dict):
+        yield f"labelled probe ({probe['case']}): {probe['told']}"
     yield (
         f"layer: hidden {spec.hidden_size}, experts {routing.num_experts} x {spec.experts.intermediate_size}, top {routing.top_k}, "
         f"{routing.scoring_func}{' + bias' if routing.correction_bias else ''}, s={routing.routed_scaling_factor}, "

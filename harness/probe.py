@@ -27,6 +27,7 @@ from harness.systems import System
 from reference.rounding import analyse
 from reference.spec import RouterPrecision
 
+SCOPE = "one point: positive labels, saturated activations; signs and magnitudes are the case's own"
 LIMIT = 4.0  # of u = half a unit in the last place of 1, relative to the coefficient
 
 
@@ -49,7 +50,12 @@ class Probe:
     symbols: dict[str, str] = field(default_factory=dict)
 
     def figures(self) -> dict[str, object]:
-        return {"verdict": self.verdict, "told": self.sentence}
+        """What a finding keeps of it; the words say how far it goes."""
+        told: dict[str, object] = {"verdict": self.verdict, "told": self.sentence}
+        if self.verdict in ("exact", "rounded"):
+            told |= {"coefficients": self.coefficients, "exact": self.exact, "worst_u": float(f"{self.worst:.3g}")}
+            told["scope"] = SCOPE
+        return told
 
 
 def labelled_case(case: Case) -> Case:
@@ -59,7 +65,12 @@ def labelled_case(case: Case) -> Case:
 
 @functools.lru_cache(maxsize=4096)
 def probe(labelled: Case, system: System) -> Probe:
-    """Run and read a labelled case on a system that supports it; remembered, since it depends on nothing else."""
+    """`run_probe`, remembered, since it depends on nothing else."""
+    return run_probe(labelled, system)
+
+
+def run_probe(labelled: Case, system: System) -> Probe:
+    """Run and read a labelled case; "not-run" where the system has no such layer or cannot build it."""
     try:
         reason = system.supports(labelled)
         if reason is not None:

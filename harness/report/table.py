@@ -38,6 +38,7 @@ def show(report: Report, console: Console) -> None:
     for verdict in (Verdict.MISMATCH, Verdict.COULD_NOT_RUN, Verdict.UNDECIDED, Verdict.KNOWN):
         _lines(verdict, report.findings, console)
     _not_applicable(report.findings, console)
+    _probes(report.findings, console)
     counts = Counter(finding.verdict for finding in report.findings)
     told = ", ".join(
         f"{counts[verdict]} {verdict}"
@@ -149,6 +150,27 @@ def _not_applicable(findings: Iterable[Finding], console: Console) -> None:
     if rest:
         console.print(
             f"not applicable, {rest} cases for {len(reasons) - 8} other reasons; all of them: add --json", style="dim"
+        )
+
+
+def _probes(findings: Iterable[Finding], console: Console) -> None:
+    """What the labelled probes read, all together; those that could not run are lost coverage."""
+    probes = {(f.system, probe["case"]): probe for f in findings if isinstance(probe := f.figures.get("probe"), dict)}
+    if not probes:
+        return
+    read = [probe for probe in probes.values() if "coefficients" in probe]
+    count, exact = (sum(int(probe[name]) for probe in read) for name in ("coefficients", "exact"))
+    worst = max((float(probe["worst_u"]) for probe in read), default=0.0)
+    wrong = sum(probe["verdict"] == "wrong" for probe in probes.values())
+    told = f"labelled probes: {len(probes)}, {count} coefficients right, {exact} of them exactly, the others within {worst:.3g} u"
+    told += f"; {wrong} probes read wrong ones" if wrong else ""
+    console.print(told, style="dim", highlight=False, soft_wrap=True)
+    unread = Counter(
+        f"{system}: {probe['told']}" for (system, _), probe in probes.items() if probe["verdict"] == "not-run"
+    )
+    for reason, lost in unread.most_common(4):
+        console.print(
+            f"no labelled probe of {lost} grids and options, {reason}", style="yellow", highlight=False, soft_wrap=True
         )
 
 
