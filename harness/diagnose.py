@@ -194,10 +194,12 @@ def algebra_sentence(evidence: Evidence, readings: Mapping[int, Reading], rows_t
         if found[0].sentence != causes[0].sentence:
             why += f": or {'; and '.join(cause.sentence for cause in found)}"
     families = {cause.family for cause in causes[:1]} | {found[0].family for _, found in others}
-    served_twice = rows_text.startswith(" in ") and "tokens" in rows_text and not first.uneven
+    some_tokens = rows_text.startswith(" in ") and "tokens" in rows_text and not first.uneven
     twice = {name for name, size in layout.sizes.items() if size == 2} | (set() if causes else {"2"})
-    if served_twice and any(twice & set(symbol.split("*")) for symbol in first.symbols.values()):
+    if some_tokens and any(twice & set(symbol.split("*")) for symbol in first.symbols.values()):
         families, why = {"G9"}, "those tokens are served twice"
+    elif some_tokens and formula(first) != "0" and first.symbols == _without_routed(lawful.symbols):
+        families, why = {"G9"}, "none of their experts serves those tokens"
     even = everywhere and not first.own_only and not first.uneven and not rows_text
     sentence = f"y = {formula(first)} instead of {formula(lawful)}{where}{rows_text} ({s_text}{layout.text}): {why}"
     family = families.pop() if len(families) == 1 else None
@@ -220,6 +222,10 @@ def _other_readings(reading: Reading, given: Problem, layout: Layout) -> list[tu
         if causes and not unexplained(other, lawful, causes):
             found.append((other, causes))
     return found
+
+
+def _without_routed(symbols: Mapping[str, str]) -> dict[str, str]:
+    return {name: "0" if name in ("routed", "bias") else symbol for name, symbol in symbols.items()}
 
 
 def _has_s(symbol: str) -> bool:

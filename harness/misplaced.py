@@ -66,6 +66,7 @@ def _weighings(law_ME: Tensor, layout: Layout) -> Iterator[tuple[str, str, Tenso
         catches_E[[experts[place] for experts in held if experts]] = 1.0
         sentence = f"the id -1 of experts that are elsewhere is taken for the {which} expert of each rank"
         yield family, sentence, law_ME + away_ME * catches_E
+        yield family, f"{sentence} that the token is sent to", law_ME + away_ME * catches_E * (with_me_ME > 0)
 
 
 def _disagreements(layout: Layout) -> Iterator[tuple[str, Tensor]]:

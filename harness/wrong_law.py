@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from harness.algebra import RESIDUAL_LIMIT, Evidence
 from harness.recover import Recovered, Story, recoverable
@@ -20,11 +21,20 @@ _recent: list[tuple[str, str]] = []
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
-    """How well a variant explains an output. left: its residual in units of the naive runs' error, over the wrong rows."""
+    """How well a variant explains an output. left: its residual in units of the naive runs' error, over the wrong rows.
+
+    law_MH: what it says.
+    """
 
     variant: Variant
     left: float
     ranks: tuple[int, ...]
+    law_MH: Tensor
+
+    def is_the_law_of(self, other: _Fit) -> bool:
+        """Two rules, one function: a softmax over the chosen is a softmax over all, renormalised."""
+        limit = 1e-9 * float(self.law_MH.abs().max())
+        return bool(((self.law_MH - other.law_MH).abs() <= limit).all())
 
 
 def wrong_law_story(evidence: Evidence, recovered: Recovered | None, *, recent: bool) -> Story | None:
@@ -38,13 +48,15 @@ def wrong_law_story(evidence: Evidence, recovered: Recovered | None, *, recent: 
     for variant in variants(evidence.given, picks_MK, evidence.layout.grid.moe_tp):
         if recent and (variant.family, variant.sentence) not in _recent:
             continue
-        if told_by_router and (recovered is None) is variant.routes:
+        may_be_a_factor = variant.family == "F10"  # a scale that is off in all channels alike is one
+        if told_by_router and (recovered is None) is variant.routes and not may_be_a_factor:
             continue  # experts and S are right if the output is a sum of the lawful experts' outputs, else the router may be
         fit = _explained_by(evidence, variant)
         if fit is not None:
             fits.append(fit)
     if not fits:
         return None
+    fits = [fit for number, fit in enumerate(fits) if not any(fit.is_the_law_of(first) for first in fits[:number])]
     fits.sort(key=lambda fit: fit.left)
     contenders = [fit for fit in fits if fit.left <= 2 * max(fits[0].left, 0.7)]
     sentences = list(dict.fromkeys(fit.variant.sentence for fit in contenders))
@@ -101,4 +113,6 @@ def _explained_by(evidence: Evidence, variant: Variant) -> _Fit | None:
         left.append(left_M[judged_M])
         lawful.append(((output - given.stages.output_MH).norm(dim=-1) / unit_M)[judged_M])
     left_over, law_over = (float(torch.cat(rows).square().mean().sqrt()) for rows in (left, lawful))
-    return _Fit(variant, left_over, tuple(ranks)) if left_over <= _LEFT and _BETTER * left_over <= law_over else None
+    if left_over > _LEFT or _BETTER * left_over > law_over:
+        return None
+    return _Fit(variant, left_over, tuple(ranks), stages.output_MH)

@@ -23,11 +23,7 @@ NAMELESS = {
     # the call fails, which needs no arithmetic
     "a_row_for_no_rows", "no_rows_refused",
     # rules that the diagnosis does not try
-    "bias_taken_off_again", "scores_in_bf16_before_the_choice", "every_expert", "first_choice_again", "lists_off_by_one",
-    "weight_on_both_sides", "shared_slot_given_to_an_expert", "shared_in_latent_width", "activation_constants_lost",
-    "both_biases_dropped",
-    # three rules that are one function: whichever is told is right
-    "always_renormalised",
+    "bias_taken_off_again", "scores_in_bf16_before_the_choice", "lists_off_by_one",
 }  # fmt: skip
 ROWS = {
     "D": {*range(1, 13), 13, 15},  # 13: how many are chosen; no page routes by hash or to identity experts

@@ -166,7 +166,7 @@ FUNCTION = (
     Fault(
         name="activation_constants_lost", family="F3", computes="silu(g) u: no clamp, no alpha, no offset", also=("F6",),
         references=("vllm-project/vllm#46645",),
-        case="gpt_oss", words="unknown", applies=lambda case: _act(case).clamp != "none" and _act(case).alpha != 1.0,
+        case="gpt_oss", words="the routed experts use plain silu, without clamp, slope and offset", applies=lambda case: _act(case).clamp != "none" and _act(case).alpha != 1.0,
         spec=_plain_activation,
     ),
     Fault(
@@ -189,7 +189,7 @@ FUNCTION = (
     ),
     Fault(
         name="both_biases_dropped", family="F5", computes="E without b13 and b2", references=("vllm-project/vllm#46645",),
-        case="gpt_oss", words="unknown", applies=_has_bias, spec=expert_rule(bias=False),
+        case="gpt_oss", words="both expert biases are dropped", applies=_has_bias, spec=expert_rule(bias=False),
     ),
     Fault(
         name="latent_bias_dropped", family="F5", computes="P R + S for P R + b + S", references=("NVIDIA/Megatron-LM#2296",),

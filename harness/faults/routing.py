@@ -500,7 +500,7 @@ USES = (
     ),
     Fault(
         name="weight_on_both_sides", family="D10", computes="w E(w x) for E(w x)", references=("vllm-project/vllm#43694",),
-        case="llama4", words="unknown", applies=both(_on_input, takes_rows), layer=kernels(_weighed_on_both_sides),
+        case="llama4", words="both the input and the output of the expert", applies=both(_on_input, takes_rows), layer=kernels(_weighed_on_both_sides),
     ),
     Fault(
         name="weight_on_the_input", family="D10", computes="E(w x) for w E(x)", references=("vllm-project/vllm#16744",),
@@ -538,7 +538,7 @@ USES = (
     ),
     Fault(
         name="every_expert", family="D13", computes="R over all", references=("ggml-org/llama.cpp#14939",),
-        case="mixtral", words="wrong weights", applies=lambda case: _several(case) and not has_groups(case), spec=_every_expert,
+        case="mixtral", words="every expert is chosen", applies=lambda case: _several(case) and not has_groups(case), spec=_every_expert,
     ),
 )  # fmt: skip
 

@@ -232,7 +232,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         name="first_choice_again", family="G6", computes="ids = [e] * K", references=("vllm-project/vllm-omni#7175", "vllm-project/vllm#39391"),
-        case="mixtral", words="visit other experts than the law", applies=lambda case: case.spec.routing.top_k > 1, layer=rerouted(_first_choice_again),
+        case="mixtral", words="the first choice of a token is all its choices", applies=lambda case: case.spec.routing.top_k > 1, layer=rerouted(_first_choice_again),
     ),
     Fault(
         name="a_row_for_no_rows", family="G7", computes="[1, H] for [0, H]", references=("ROCm/Megatron-LM#155",),

@@ -196,7 +196,7 @@ FAULTS: tuple[Fault, ...] = (
         name="shared_slot_given_to_an_expert", family="E3", computes="s R(k + 1) for s R(k) + S",
         references=("sgl-project/sglang#38963",),
         grids=_FUSED,
-        case="deepseek_v3+shared=fused", words="unknown", applies=_fused, layer=_slots_given_away,
+        case="deepseek_v3+shared=fused", words="1 more routed expert takes the place of the shared experts", applies=_fused, layer=_slots_given_away,
     ),
     Fault(
         name="shared_output_lost", family="E3", computes="s R for s R + S", references=("divyamakkar0/JAXformer#21",),
@@ -223,6 +223,6 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         name="shared_in_latent_width", family="E6", computes="S over the first latent columns",
         references=("PaddlePaddle/PaddleFleet#868",), also=("H4",),
-        case="nemotron_h", words="unknown", applies=_latent, weights=_in_latent_width,
+        case="nemotron_h", words="the shared experts are as wide as the latent space", applies=_latent, weights=_in_latent_width,
     ),
 )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from harness.problem import Problem
-from harness.variants import activations, choice, experts, groups, modalities, places, shared, weighing
+from harness.variants import activations, choice, experts, groups, modalities, places, quantised, shared, weighing
 from harness.variants.law import Variant
 from reference.moe import Stages
 
@@ -55,6 +55,7 @@ def _router(given: Problem, picks_MK: Tensor | None) -> Iterator[Variant]:
 
 def _experts(given: Problem, tp: int) -> Iterator[Variant]:
     """Of the routed and of the shared experts."""
+    yield from quantised.scales(given, tp)
     yield from experts.rules(given)
     yield from shared.rules(given, tp)
     yield from activations.activations(given)

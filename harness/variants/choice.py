@@ -63,6 +63,14 @@ def counts(given: Problem, picks_MK: Tensor | None) -> Iterator[Variant]:
     if top_k != 1:
         yield wrong("one expert too few is chosen", top_k=top_k - 1)
     yield wrong("one expert too many is chosen", top_k=top_k + 1)
+    yield wrong("every expert is chosen", top_k=given.spec.routing.num_experts)
+    if top_k != 1 and given.spec.vision is None:
+        yield Variant("G6", "topk_ids", "the first choice of a token is all its choices", partial(_first_again, given))
+    shared, width = given.spec.shared, given.spec.experts.intermediate_size
+    if shared is not None and given.spec.vision is None and shared.intermediate_size % width == 0:
+        more = shared.intermediate_size // width
+        slot = f"{more} more routed expert{'s take' if more > 1 else ' takes'} the place of the shared experts"
+        yield Variant("E3", "output", slot, partial(_in_place_of_shared, given, more))
 
 
 def router_terms(given: Problem, picks_MK: Tensor | None) -> Iterator[Variant]:
@@ -86,10 +94,15 @@ def rankings(given: Problem) -> Iterator[Variant]:
             "D13", "topk_ids", "the lowest scores are chosen, not the highest",
             lambda: ranked_by(given, -ranking(given)),
         )  # fmt: skip
-    if rule.correction_bias and rule.n_group == 1:
+    if rule.correction_bias:
         by_logits = "the experts are chosen by logit + correction bias, not by score + correction bias"
         bias_E = given.exact["e_score_correction_bias"]
-        yield Variant("D2", "topk_ids", by_logits, lambda: ranked_by(given, stages.logits_ME + bias_E))
+        yield Variant(
+            "D2",
+            "topk_ids",
+            by_logits,
+            lambda: ranked_by(given, rank_scores(stages.logits_ME, stages.logits_ME, bias_E, rule)),
+        )
 
 
 def ranking(given: Problem) -> Tensor:
@@ -106,6 +119,20 @@ def ranked_by(given: Problem, ranked_ME: Tensor) -> Stages:
     weights_MK = weights_of(given, routing, stages.logits_ME, stages.scores_ME, ids_MK)
     margin_M = torch.nan_to_num(best.values[:, -2] - best.values[:, -1], nan=torch.inf, posinf=torch.inf)
     return run(given, choice=Choice(ids_MK, weights_MK, margin_M))
+
+
+def _first_again(given: Problem) -> Stages:
+    stages = given.stages
+    ids_MK, weights_MK = (t[:, :1].expand_as(t).contiguous() for t in (stages.topk_ids_MK, stages.topk_weights_MK))
+    return run(given, choice=Choice(ids_MK, weights_MK, stages.margin_M))
+
+
+def _in_place_of_shared(given: Problem, more: int) -> Stages:
+    """R over more experts, and no S."""
+    spec = given.spec
+    routing = replace(spec.routing, top_k=spec.routing.top_k + more)
+    stages = run(given, spec=replace(spec, routing=routing))
+    return replace(stages, output_MH=stages.output_MH - spec.output.share * stages.shared_MH)
 
 
 def _without_best(ranked_ME: Tensor) -> Tensor:

@@ -47,6 +47,12 @@ def rules(given: Problem) -> Iterator[Variant]:
         )
         dropped = "the first expert bias is dropped"
         yield Variant("F5", "routed", dropped, partial(with_tensor, given, "b13", torch.zeros_like))
+        yield Variant("F5", "routed", "both expert biases are dropped", partial(_with_experts, given, bias=False))
+    if act.clamp != "none" and act.alpha != 1.0 and given.dtype is torch.float32:  # bf16 cannot tell it from gelu
+        plain = "the routed experts use plain silu, without clamp, slope and offset"
+        yield with_act("F3", plain, clamp="none", limit=None, alpha=1.0, up_offset=0.0)
+    if act.kind == "silu":  # a sigmoid as steep as this is a step
+        yield with_act("F6", "the routed experts use relu", alpha=2.0**40)
     for kind in get_args(ActivationKind):
         if kind != act.kind:
             yield with_act("F6", f"the routed experts use {kind} instead of {act.kind}", kind=kind, alpha=1.0)
@@ -54,8 +60,8 @@ def rules(given: Problem) -> Iterator[Variant]:
 
 def weighed_sides(given: Problem) -> Iterator[Variant]:
     """The weight multiplies what goes into an expert; of top_k = 1, see weighing.py."""
-    if given.spec.vision is None and given.spec.routing.top_k > 1:
-        for both in (False, True):
+    if given.spec.vision is None:
+        for both in (False, True) if given.spec.routing.top_k > 1 else (True,):
             side = "both the input and the output of the expert" if both else "the expert's input, not its output"
             yield Variant(
                 "D10", "routed", f"the router weight multiplies {side}",

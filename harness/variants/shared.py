@@ -81,10 +81,27 @@ def width_and_input(given: Problem) -> Iterator[Variant]:
         "E3", "shared", half_used,
         partial(with_tensor, given, "shared_w2", lambda w: torch.cat([w[:, :half], 0 * w[:, half:]], 1)),
     )  # fmt: skip
+    latent = given.spec.experts.latent_size
+    if latent is not None:
+        yield Variant(
+            "E6", "shared", f"the shared experts are as wide as the latent space: they read and write {latent} columns alone",
+            partial(_in_latent_width, given, latent),
+        )  # fmt: skip
     yield Variant(
         "C1", "shared", "the shared experts read x + R",
         lambda: _shared_of(given, given.tokens.hidden_states.double() + given.spec.scale * given.stages.routed_MH),
     )  # fmt: skip
+
+
+def _in_latent_width(given: Problem, latent: int) -> Stages:
+    """S of the first columns of x in the first columns of y."""
+    weights, shared = dict(given.exact), given.spec.shared
+    assert shared is not None
+    x_MH = given.tokens.hidden_states.double().clone()
+    x_MH[:, latent:] = 0.0
+    shared_MH = shared_experts(x_MH, weights, shared)
+    shared_MH[:, latent:] = 0.0
+    return with_parts(given, shared_MH=shared_MH)
 
 
 def shared_with(given: Problem, act: Act) -> Stages:
