@@ -190,6 +190,21 @@ def read_shares(evidence: Evidence, rank: int) -> Reading | None:
     return own or _fit(evidence, rank, _shares(columns), own=not evidence.ranks_agree)
 
 
+def explained_by(evidence: Evidence, symbols: Mapping[str, str]) -> bool:
+    """Whether whole parts with these factors are what every rank returned, within the residual that a fit may leave."""
+    given, named = evidence.given, _named_factors(evidence.given.spec.scale, evidence.layout.sizes)
+    addends = [named[symbols[part.name]] * part.value_MH for part in parts(given) if symbols.get(part.name) in named]
+    if len(addends) < len(parts(given)):
+        return False
+    predicted_MH = given.spec.output.share * torch.stack(addends).sum(0)
+    growth = max(1.0, max(abs(named[symbol]) for symbol in symbols.values()) / max(1.0, given.spec.scale))
+    limit_M = RESIDUAL_LIMIT * growth * (evidence.naive_M + evidence.naive_M.mean())
+    return all(
+        bool(((output - predicted_MH).norm(dim=-1) <= limit_M)[held_M & evidence.decided_M].all())
+        for output, held_M in zip(evidence.outputs, evidence.held_RM, strict=True)
+    )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Column:
     """One unknown factor. shards: the ranks whose share it covers, None where every rank holds the part."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from harness import known
+from harness.algebra import Evidence, explained_by
 from harness.case import Case
 from harness.compare import compare
 from harness.diagnose import Diagnosis, diagnose
@@ -21,16 +22,17 @@ from harness.problem import Problem, problem, ways
 from harness.systems import System
 
 
-def check(case: Case, system: System) -> Finding:
+def check(case: Case, system: System, *, alone: bool = False) -> Finding:
     """Run one case on one system and judge it. Whatever a system does wrong becomes part of the finding.
 
     First the decodable probe, once for all cases of a grid, dtype and options; then the case itself.
+    alone: by the case's own tokens, without the probe.
     """
     try:
         reason = system.supports(case)
         if reason is not None:
             return _finding(case, system, Verdict.NOT_APPLICABLE, diagnosis=reason)
-        probed = None if case.size == "labels" else probe(labelled_case(case), system)
+        probed = None if alone or case.size == "labels" else probe(labelled_case(case), system)
         given = problem(case)
         run = run_system(case, system, given)
     except CouldNotRun as error:
@@ -38,12 +40,15 @@ def check(case: Case, system: System) -> Finding:
     if run.broken is not None:
         stage, sentence = run.broken
         return _finding(case, system, Verdict.MISMATCH, stage=stage, diagnosis=sentence)
-    finding = judge(case, system, given, run)
+    finding = judge(case, system, given, run, probed)
     return finding if probed is None else _with_probe(finding, probed, case, system)
 
 
-def judge(case: Case, system: System, given: Problem, run: Run) -> Finding:
-    """Compare the outputs of all ranks with the oracle, name the cause of a mismatch, look it up in the ledger."""
+def judge(case: Case, system: System, given: Problem, run: Run, probed: Probe | None = None) -> Finding:
+    """Compare the outputs of all ranks with the oracle, name the cause of a mismatch, look it up in the ledger.
+
+    probed: may give a name where the outputs alone do not, if it explains them.
+    """
     units = {out.unit for out in run.ranks}
     if len(units) > 1:
         told = ", ".join(f"rank {rank}: {out.unit:g}" for rank, out in enumerate(run.ranks))
@@ -55,7 +60,11 @@ def judge(case: Case, system: System, given: Problem, run: Run) -> Finding:
         return _labelled(case, system, given, run, outputs)
     compared = compare(given, outputs, ways(given.spec, case.grid), system.precision(given.spec))
     if compared.wrong:
-        cause = diagnose(evidence(case, system, given, run, outputs, compared.wrong_RM))
+        seen = evidence(case, system, given, run, outputs, compared.wrong_RM)
+        cause = _with_coefficients(diagnose(seen), seen, probed, case)
+        return _settled(case, system, given, outputs, cause, compared.figures())
+    if compared.projection is not None:
+        cause = Diagnosis(compared.projection.sentence, None)
         return _settled(case, system, given, outputs, cause, compared.figures())
     if compared.undecided:
         rows = int(compared.undecided_RM.any(0).sum())
@@ -100,24 +109,30 @@ def _settled(
     return _found(case, system, Verdict.MISMATCH, figures, cause, told)
 
 
+def _with_coefficients(cause: Diagnosis, seen: Evidence, probed: Probe | None, case: Case) -> Diagnosis:
+    """A cause that has no name takes the probe's if the probe's factors explain these outputs too, else its coefficients."""
+    if cause.family is not None or probed is None or probed.verdict != "wrong":
+        return cause
+    if probed.family is not None and probed.symbols and explained_by(seen, probed.symbols):
+        return Diagnosis(f"{probed.sentence} {_shown(case)}", probed.family, coefficients=probed.symbols)
+    return replace(cause, sentence=f"{cause.sentence}; by source: {probed.sentence} {_shown(case)}")
+
+
 def _with_probe(finding: Finding, probed: Probe, case: Case, system: System) -> Finding:
     """The finding of a case beside what the probe read: a wrong coefficient is a mismatch whatever the case itself shows."""
     labelled = labelled_case(case)
     figures = {**finding.figures, "probe": {"case": str(labelled), **probed.figures()}}
-    if probed.verdict != "wrong":
-        return replace(finding, figures=figures)
-    shown = f"(labelled probe: moe-harness check '{labelled}')"
-    if finding.verdict is Verdict.MISMATCH and finding.family is None and probed.family is not None:
-        told = f"{probed.sentence} {shown}"
-        return replace(finding, figures=figures, family=probed.family, diagnosis=told)
-    if finding.verdict is Verdict.MISMATCH and finding.family is None:
-        return replace(finding, figures=figures, diagnosis=f"{finding.diagnosis}; by source: {probed.sentence} {shown}")
-    if finding.verdict is Verdict.OK and known.expected(labelled, system.name, problem(labelled)) is None:
+    missed = probed.verdict == "wrong" and finding.verdict is Verdict.OK
+    if missed and known.expected(labelled, system.name, problem(labelled)) is None:
+        told = f"{probed.sentence} {_shown(case)}"
         return replace(
-            finding, verdict=Verdict.MISMATCH, stage="output", family=probed.family, figures=figures,
-            diagnosis=f"{probed.sentence} {shown}",
-        )  # fmt: skip
+            finding, verdict=Verdict.MISMATCH, stage="output", family=probed.family, figures=figures, diagnosis=told
+        )
     return replace(finding, figures=figures)
+
+
+def _shown(case: Case) -> str:
+    return f"(labelled probe: moe-harness check '{labelled_case(case)}')"
 
 
 def _unannounced(run: Run) -> str | None:

@@ -164,7 +164,8 @@ def algebra_sentence(evidence: Evidence, readings: Mapping[int, Reading], rows_t
     off = [rank for rank, reading in readings.items() if not is_lawful(reading, lawful)]
     if not off:
         return _told(unknown_story(evidence))
-    first = readings[off[0]]
+    # a rank whose own experts serve no token tells the least
+    first = max((readings[rank] for rank in off), key=lambda reading: len(reading.own_only))
     alike = [rank for rank in off if readings[rank] == first]
     everywhere = len(alike) == len(readings)
     causes = find_causes(first, lawful.symbols, given.spec.scale != 1.0, layout)
