@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from harness.problem import Problem
 from harness.systems import Layer, System
 
 _FILL: Any = torch.utils.deterministic  # its one switch is a property that no stub knows
+Inputs = Callable[[int, int], tuple[Tensor, dict[str, Tensor]]]
+
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -96,9 +99,10 @@ class _Raised(Exception):
 def play(case: Case, system: System, pools: Pools, steps: Sequence[Step]) -> Played:
     """Build each layer once on each rank and make the calls. Raises CouldNotRun if the first layer cannot be built."""
     states = [_Rank() for _ in range(case.grid.ranks)]
+    given = functools.cache(lambda number, dp_rank: _inputs(steps[number], pools.of(steps[number].layer), dp_rank))
 
     def body(comm: Communicator) -> None:
-        _play_rank(case, system, pools, steps, comm, states[comm.rank])
+        _play_rank(case, system, pools, steps, given, comm, states[comm.rank])
 
     with torch.inference_mode():
         ranks = run_ranks(case.grid, body, threads=system.foreign)
@@ -114,8 +118,9 @@ def play(case: Case, system: System, pools: Pools, steps: Sequence[Step]) -> Pla
 
 
 def _play_rank(
-    case: Case, system: System, pools: Pools, steps: Sequence[Step], comm: Communicator, state: _Rank
+    case: Case, system: System, pools: Pools, steps: Sequence[Step], inputs_of: Inputs, comm: Communicator, state: _Rank
 ) -> None:
+    """inputs_of: hidden states and keyword arguments of a step for a dp rank, to be copied before a layer gets them."""
     dp_rank = comm.rank // case.grid.tp
     layers: dict[str, Layer] = {}
     weights: dict[str, dict[str, Tensor]] = {}
@@ -124,8 +129,8 @@ def _play_rank(
     for number, step in enumerate(steps):
         state.at = number
         given = pools.of(step.layer)
-        x_MH, inputs = _inputs(step, given, dp_rank)
-        own_MH = x_MH.clone()
+        x_MH, inputs = inputs_of(number, dp_rank)
+        own_MH, inputs = x_MH.clone(), {name: rows.clone() for name, rows in inputs.items()}
         first = step.layer not in layers
         with _poisoned(step.poison):
             if first:
