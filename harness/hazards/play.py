@@ -111,7 +111,7 @@ def play(case: Case, system: System, pools: Pools, steps: Sequence[Step]) -> Pla
     outcomes = [[state.outcomes[number] for state in states] for number in range(done)]
     failure = _fewer_calls(case, outcomes)
     if ranks.failure is not None and failure is None:
-        failure = _failure(ranks.failure, states)
+        failure = _failure(ranks.failure, ranks.failed_rank, states)
     if failure is not None:
         del outcomes[failure.step :]
     return Played(steps, outcomes, [state.written for state in states], failure)
@@ -230,13 +230,12 @@ def _fewer_calls(case: Case, outcomes: Sequence[Sequence[Outcome]]) -> Failure |
     return None
 
 
-def _failure(error: BaseException, states: Sequence[_Rank]) -> Failure:
+def _failure(error: BaseException, failed_rank: int | None, states: Sequence[_Rank]) -> Failure:
     step = min(state.at for state in states)
     if isinstance(error, CollectiveMismatch):
         return Failure(step, f"leaves the ranks waiting for each other: {error}")
-    if isinstance(error, _Raised):
-        raised = [state.at for state in states if len(state.outcomes) <= state.at]
-        return Failure(min(raised, default=step), str(error))
+    if isinstance(error, _Raised):  # the others may still wait in the call before
+        return Failure(step if failed_rank is None else states[failed_rank].at, str(error))
     if isinstance(error, UsageError):
         return Failure(step, f"asks for what cannot be: {error}")
     raise error if isinstance(error, CouldNotRun) else CouldNotRun(told(error))
