@@ -1,14 +1,21 @@
-"""Loaders of int8 experts that get a single thing wrong, planted in the weights that a rank of the runner gets."""
+"""Loaders of int8 experts that get a single thing wrong, planted in the weights that a rank of the runner gets.
+
+python -m tests.int8_faults          how many are found and named, by dtype, in some minutes
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from harness.case import DTYPES, parse
+from harness.check import check
 from harness.comm import Communicator
+from harness.finding import Verdict
 from harness.systems.runner import RunnerSystem
 from reference.spec import MoESpec
 
@@ -163,3 +170,31 @@ SINGLE = {
     "an expert with its neighbour's scales of w2": Int8Fault("expert 3", _one("w2", _of_a_neighbour)),
     "an expert with its neighbour's scales of w13": Int8Fault("expert 3", _one("w13", _of_a_neighbour)),
 }
+
+
+def faults_of(model: str) -> list[Int8Fault]:
+    """Those that a model's experts can have on four ranks."""
+    more = {
+        "deepseek_v3": {**GATED, **SHARDED, **SINGLE},
+        "gpt_oss": {**GATED, **BIASED},
+        "mixtral": {**GATED, **SHARDED},
+    }
+    return [*FAULTS.values(), *more.get(model, {}).values()]
+
+
+def main() -> None:
+    for dtype in DTYPES:
+        counts, missed = Counter(), Counter()
+        for model in ("deepseek_v3", "gpt_oss", "mixtral", "ernie4_5_vl_moe", "nemotron_h"):
+            for fault in faults_of(model):
+                finding = check(parse(f"{model}@tp4.{dtype}.tokens33+quant=int8"), FaultyLoader(fault))
+                counts.update(
+                    planted=1, found=finding.verdict is Verdict.MISMATCH, named=fault.words in finding.diagnosis
+                )
+                missed[fault.words] += finding.verdict is not Verdict.MISMATCH
+        print(dtype, dict(counts), "missed:", {words: n for words, n in missed.items() if n}, flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

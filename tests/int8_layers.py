@@ -43,6 +43,8 @@ class After(Layer):
     def cut(self, experts, weights: dict[str, Tensor]) -> dict[str, Tensor | None]:
         held, piece = list(self.held(len(weights["w13"]))), self.expert_piece
         cut = super().cut(experts, weights)
+        if "w13_scale" not in weights:
+            return cut
         interleaved = experts.layout == "interleaved"
         gate, up = piece.halves(weights["w13_scale"][held], experts.activation.gated, interleaved)
         return cut | {"gate_s": gate, "up_s": up, "w2_s": weights["w2_scale"][held]}
