@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,10 @@ def rows(placement: str, dtype: str, quant: str = "none") -> Errors:
 
 def table(under: str) -> list[list[str]]:
     """The cells of the first table below a heading, without its head."""
-    lines = TEXT.partition(f"\n## {under}\n")[2].partition("\n## ")[0].splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][2:]
+    lines = TEXT.partition(f"\n## {under}\n")[2].splitlines()
+    below = itertools.dropwhile(lambda line: not line.startswith("| "), lines)
+    found = itertools.takewhile(lambda line: line.startswith("| "), below)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found][2:]
 
 
 @pytest.mark.parametrize(
