@@ -21,6 +21,9 @@ from reference.spec import RouterPrecision
 
 # A residual counts as rounding within this many times the naive runs' error, scaled by the largest factor.
 RESIDUAL_LIMIT = 6.0
+# A part that is gone leaves less to round, and what stands in its place may be small: S of a small buffer, say.
+_RESIDUAL_WITHOUT = 1.5
+_GONE = 0.05
 # A factor is read as a symbol within this share of it (the dtype's own rounding of weights is common to a column).
 _READING = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
@@ -190,6 +193,15 @@ def read_shares(evidence: Evidence, rank: int) -> Reading | None:
     return own or _fit(evidence, rank, _shares(columns), own=not evidence.ranks_agree)
 
 
+def serves_nobody(evidence: Evidence, rank: int) -> bool:
+    """Whether a rank of several has no expert that any of its tokens needs, so that nothing of R is its own."""
+    if evidence.layout.grid.ep == 1:
+        return False
+    held_M, shares = evidence.held_RM[rank], rank_shares(evidence.given, evidence.layout)
+    own = [part for part in shares if part.name == "routed" and part.shard == rank]
+    return bool(shares) and not any(bool(part.value_MH[held_M].any()) for part in own)
+
+
 def explained_by(evidence: Evidence, symbols: Mapping[str, str]) -> bool:
     """Whether whole parts with these factors are what every rank returned, within the residual that a fit may leave."""
     given, named = evidence.given, _named_factors(evidence.given.spec.scale, evidence.layout.sizes)
@@ -253,7 +265,9 @@ def _fit(
     naive_M = evidence.naive_M[rows] / given.spec.output.share
     residual_M = (target - (matrix @ solved).view_as(target)).norm(dim=-1)
     growth = max(1.0, float(solved.abs().max()) / max(1.0, given.spec.scale))
-    if not bool((residual_M <= RESIDUAL_LIMIT * growth * (naive_M + naive_M.mean())).all()):
+    gone = bool((solved.abs() < _GONE).any())
+    limit = _RESIDUAL_WITHOUT if gone else RESIDUAL_LIMIT * growth
+    if not bool((residual_M <= limit * (naive_M + naive_M.mean())).all()):
         return None
     noise = float(naive_M.norm()) * growth / math.sqrt(target.numel())
     spread = torch.linalg.pinv(matrix.T @ matrix).diagonal().clamp(min=0).sqrt() * noise

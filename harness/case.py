@@ -32,6 +32,8 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "s": (("twin", "real"), "routed_scaling_factor: the twin's own or the checkpoint's"),
     "quant": (("none", "int8"), "how the routed experts are stored: in the dtype, or as int8 with a float32 scale for each "
               "output channel"),
+    "calls": (("one", "many", "every"), "one: the call that is judged; many: the script of calls that shows state and "
+              "hazards, with tokens of its own; every: the same with every M from 0 to 130"),
     "scale": (("page", "router", "kernel", "output"), "who multiplies by s: the page's placement or another"),
     "kernel": (KERNELS, "how tokens reach their experts and results come home: partial leaves the sum over tp to the runner, "
                "the others return it complete"),
@@ -160,6 +162,7 @@ class Case:
     size: str = "twin"
     s: str = "twin"
     quant: str = "none"
+    calls: str = "one"
     scale: str = "page"
     split: tuple[int, ...] | None = None
     kernel: str = "partial"
@@ -188,6 +191,11 @@ class Case:
             object.__setattr__(self, "tokens", _labelled_tokens(self.model) * self.grid.dp)
             object.__setattr__(self, "split", None)
             object.__setattr__(self, "seed", 0)
+        if self.calls != "one":
+            if self.size == "labels":
+                raise UsageError(f"size=labels with calls={self.calls}: labels are read from one call. Leave one out")
+            object.__setattr__(self, "tokens", _DEFAULT["tokens"])
+            object.__setattr__(self, "split", None)
         if self.split is not None:
             _check_split(self.split, self.tokens, self.grid.dp)
             if self.split == _even(self.tokens, self.grid.dp):

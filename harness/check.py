@@ -16,6 +16,7 @@ from harness.diagnose import Diagnosis, diagnose
 from harness.errors import CouldNotRun
 from harness.execution import Run, run_system
 from harness.finding import Finding, Verdict, repro_command
+from harness.hazards import hazards
 from harness.outputs import evidence, whole_output
 from harness.probe import Probe, labelled_case, probe, read
 from harness.problem import Problem, problem, ways
@@ -33,6 +34,9 @@ def check(case: Case, system: System, *, alone: bool = False) -> Finding:
         if reason is not None:
             return _finding(case, system, Verdict.NOT_APPLICABLE, diagnosis=reason)
         probed = None if alone or case.size == "labels" else probe(labelled_case(case), system)
+        if case.calls != "one":
+            finding = _called_often(case, system)
+            return finding if probed is None else _with_probe(finding, probed, case, system)
         given = problem(case)
         run = run_system(case, system, given)
     except CouldNotRun as error:
@@ -42,6 +46,25 @@ def check(case: Case, system: System, *, alone: bool = False) -> Finding:
         return _finding(case, system, Verdict.MISMATCH, stage=stage, diagnosis=sentence)
     finding = judge(case, system, given, run, probed)
     return finding if probed is None else _with_probe(finding, probed, case, system)
+
+
+def _called_often(case: Case, system: System) -> Finding:
+    """A case of many calls is judged by what they show together. A layer that is wrong at once has no state to show."""
+    report = hazards(case, system, full=case.calls == "every")
+    figures: dict[str, object] = {"tried": list(report.tried), "skipped": report.skipped, "notes": list(report.notes)}
+    if report.broken:
+        told = "; ".join(f"{each.name}: {each.sentence}" for each in report.broken)
+        families = {each.family for each in report.broken}
+        family = families.pop() if len(families) == 1 else None
+        return _finding(case, system, Verdict.MISMATCH, figures, stage="calls", family=family, diagnosis=told)
+    if report.tried:
+        return _finding(case, system, Verdict.OK, figures)
+    plain = check(replace(case, calls="one"), system, alone=True)
+    if plain.verdict is Verdict.OK:
+        return _finding(
+            case, system, Verdict.COULD_NOT_RUN, figures, diagnosis="; ".join(dict.fromkeys(report.skipped.values()))
+        )
+    return replace(plain, case=str(case), repro=repro_command(case, system.name))
 
 
 def judge(case: Case, system: System, given: Problem, run: Run, probed: Probe | None = None) -> Finding:

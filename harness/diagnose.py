@@ -25,6 +25,7 @@ from harness.algebra import (
     read_shares,
     read_whole,
     read_with_input,
+    serves_nobody,
 )  # fmt: skip
 from harness.causes import Cause, find_causes, sizes_in, uneven_causes, uneven_shares, unexplained
 from harness.layout import Layout
@@ -201,6 +202,8 @@ def algebra_sentence(evidence: Evidence, readings: Mapping[int, Reading], rows_t
         families, why = {"G9"}, "those tokens are served twice"
     elif some_tokens and formula(first) != "0" and first.symbols == _without_routed(lawful.symbols):
         families, why = {"G9"}, "none of their experts serves those tokens"
+    if causes and causes[0].symbols == {"routed": "0"} and all(serves_nobody(evidence, rank) for rank in alike):
+        families, why = set(), f"{why}; or it is never summed over ranks: no token here has an expert of its own rank"
     even = everywhere and not first.own_only and not first.uneven and not rows_text
     sentence = f"y = {formula(first)} instead of {formula(lawful)}{where}{rows_text} ({s_text}{layout.text}): {why}"
     family = families.pop() if len(families) == 1 else None

@@ -32,6 +32,10 @@ UNEVEN_BY_KERNEL = (
     "tp2.ep4.dp2.sp2.tokens0_5+kernel=deepep_ll", "tp4.ep8.dp2.sp4.tokens2_5+kernel=nvlink_one_sided",
 )  # fmt: skip
 
+# State and hazards: a script of some forty calls on each of them.
+CALLED_OFTEN = ("tp1", "tp2.bf16", "tp2.ep4.dp2+kernel=deepep_ht", "tp4.ep4.sp4.fp16")
+CALLED_OFTEN_BY_OTHERS = ("tp1", "tp2.bf16", "tp2.ep4.dp2", "tp4.ep4.sp4")
+
 # Every pair of option values, and of a value and a grid, that a layer with s and shared experts can have together;
 # written by tests/combinations.py. Each row runs with _TURNS of COMBINED, in turn.
 COMBINATIONS = (
@@ -220,6 +224,8 @@ def cases_of(model: str, system: str) -> list[Case]:
         Case(model=model, grid=Grid(tp=tp), dtype=dtype, tokens=tokens)
         for tp, dtype, tokens in itertools.product(tp_sizes, DTYPES, TOKENS)
     ]
+    often = {"runner": CALLED_OFTEN, "legacy": CALLED_OFTEN_BY_OTHERS[:2], "transformers": CALLED_OFTEN_BY_OTHERS[:1]}
+    cases += [replace(parse(f"{model}@{text}"), calls="many") for text in often.get(system, CALLED_OFTEN_BY_OTHERS)]
     if system != "transformers":
         cases += _factors(page)
     if page.wide is not None:

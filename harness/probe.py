@@ -60,7 +60,7 @@ class Probe:
 
 def labelled_case(case: Case) -> Case:
     """The labelled case that goes with a case: its grid, dtype and options, tokens of its own."""
-    return replace(case, size="labels", quant="none", tokens=0, split=None, seed=0)
+    return replace(case, size="labels", quant="none", calls="one", tokens=0, split=None, seed=0)
 
 
 @functools.lru_cache(maxsize=4096)

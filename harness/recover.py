@@ -90,6 +90,10 @@ class Story:
 _WEIGHT = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 
 
+# Of so many rows that fit, on the average, the nearest is a coincidence.
+_ALIKE = 3.0
+
+
 def routing_story(evidence: Evidence, recovered: Recovered) -> Story | None:
     """How the recovered weights differ from the law's, if it is simple enough for a sentence."""
     given = evidence.given
@@ -343,10 +347,12 @@ def numbers_text(numbers: Sequence[int]) -> str:
 
 
 def _sources(found: Tensor, law: Tensor, limit_M: Tensor) -> Tensor | None:
-    """Which row of law each row of found is, its own if that fits; None if some row is none of them."""
+    """Which row of law each row of found is, its own if that fits; None if some row is none of them, or many are alike."""
     distance = torch.cdist(found, law, compute_mode="donot_use_mm_for_euclid_dist")
     fits = distance <= limit_M[:, None]
-    return distance.argmin(-1) if bool(fits.any(-1).all()) else None
+    if not bool(fits.any(-1).all()) or float(fits.sum(-1).double().mean()) > _ALIKE:
+        return None
+    return distance.argmin(-1)
 
 
 def describe_moves(source_M: Tensor | None, verb: str, rows: Tensor, noun: str = "token") -> str | None:

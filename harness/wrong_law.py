@@ -45,7 +45,7 @@ def wrong_law_story(evidence: Evidence, recovered: Recovered | None, *, recent: 
     picks_MK = None if recovered is None else recovered.picks_MK
     told_by_router = recoverable(evidence.given)
     fits: list[_Fit] = []
-    for variant in variants(evidence.given, picks_MK, evidence.layout.grid.moe_tp):
+    for variant in variants(evidence.given, picks_MK, evidence.layout.grid.moe_tp, evidence.layout):
         if recent and (variant.family, variant.sentence) not in _recent:
             continue
         may_be_a_factor = variant.family == "F10"  # a scale that is off in all channels alike is one

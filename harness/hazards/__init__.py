@@ -36,7 +36,7 @@ def hazards(case: Case, system: System, *, full: bool = False) -> HazardReport:
 
     full: all numbers of tokens from 0 to 130 instead of 19 of them. Raises CouldNotRun if the layer cannot be built.
     """
-    every = (*EXPERIMENTS, *WRITES)
+    case, every = replace(case, calls="one"), (*EXPERIMENTS, *WRITES)
     reason = system.supports(case)
     if case.size == "labels":
         reason = "a labelled layer has the tokens of its labels, and one call shows all that they say"

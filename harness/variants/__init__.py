@@ -15,6 +15,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from harness.layout import Layout
 from harness.problem import Problem
 from harness.variants import activations, choice, experts, groups, modalities, places, quantised, shared, weighing
 from harness.variants.law import Variant
@@ -23,13 +24,14 @@ from reference.moe import Stages
 __all__ = ["Variant", "variants"]
 
 
-def variants(given: Problem, picks_MK: Tensor | None, tp: int) -> Iterator[Variant]:
+def variants(given: Problem, picks_MK: Tensor | None, tp: int, layout: Layout | None = None) -> Iterator[Variant]:
     """Every wrong law that differs from this layer's, the commonest first.
 
     picks_MK: the experts that an output must come from, if known: they decide where a wrong law leaves exact ties.
+    tp: into how many pieces an expert is cut.    layout: which rank holds what, where laws of single ranks are asked for too.
     """
     yield from _router(given, picks_MK)
-    yield from _in_both(given, [*_experts(given, tp)])
+    yield from _in_both(given, [*_experts(given, tp, layout)])
     yield from modalities.branches(given)
 
 
@@ -53,11 +55,12 @@ def _router(given: Problem, picks_MK: Tensor | None) -> Iterator[Variant]:
             yield from choice.rounded_logits(given, torch.float16)
 
 
-def _experts(given: Problem, tp: int) -> Iterator[Variant]:
+def _experts(given: Problem, tp: int, layout: Layout | None) -> Iterator[Variant]:
     """Of the routed and of the shared experts."""
     yield from quantised.scales(given, tp)
     yield from experts.rules(given)
-    yield from shared.rules(given, tp)
+    yield from shared.rules(given)
+    yield from shared.other_buffers(given, layout)
     yield from activations.activations(given)
     yield from experts.weighed_sides(given)
     yield from shared.gates(given)

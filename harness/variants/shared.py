@@ -10,7 +10,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from harness.parts import shares
+from harness.layout import Layout
+from harness.parts import rank_shares
 from harness.problem import Problem
 from harness.variants.law import Act, Variant, exchanged, halves_of, run, with_parts, with_tensor
 from reference.moe import Stages, shared_experts
@@ -30,8 +31,8 @@ _GATES: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
 )
 
 
-def rules(given: Problem, tp: int) -> Iterator[Variant]:
-    """One field of the shared experts or of their activation is wrong, a bias is dropped, or x was overwritten."""
+def rules(given: Problem) -> Iterator[Variant]:
+    """One field of the shared experts or of their activation is wrong, or a bias is dropped."""
     shared = given.spec.shared
     if shared is None:
         return
@@ -43,7 +44,6 @@ def rules(given: Problem, tp: int) -> Iterator[Variant]:
 
     if shared.sigmoid_gate:
         yield with_shared("E1", "the shared experts' sigmoid gate is dropped", sigmoid_gate=False)
-    yield from _overwritten(given, tp)
     if act.clamp != "none":
         plain = replace(act, clamp="none", limit=None)
         yield with_shared("E5", "the shared experts are not clamped", activation=plain)
@@ -72,7 +72,7 @@ def gates(given: Problem) -> Iterator[Variant]:
 
 
 def width_and_input(given: Problem) -> Iterator[Variant]:
-    """Half of their width is used, or the layer's own sum is read."""
+    """Half of their width is used, or that of another space."""
     if given.spec.shared is None:
         return
     half = given.spec.shared.intermediate_size // 2
@@ -87,10 +87,6 @@ def width_and_input(given: Problem) -> Iterator[Variant]:
             "E6", "shared", f"the shared experts are as wide as the latent space: they read and write {latent} columns alone",
             partial(_in_latent_width, given, latent),
         )  # fmt: skip
-    yield Variant(
-        "C1", "shared", "the shared experts read x + R",
-        lambda: _shared_of(given, given.tokens.hidden_states.double() + given.spec.scale * given.stages.routed_MH),
-    )  # fmt: skip
 
 
 def _in_latent_width(given: Problem, latent: int) -> Stages:
@@ -118,18 +114,26 @@ def shared_with(given: Problem, act: Act) -> Stages:
     return with_parts(given, shared_MH=y_MH)
 
 
-def _overwritten(given: Problem, tp: int) -> Iterator[Variant]:
-    """The routed experts' kernel wrote R, scaled or not, over the x that the shared experts read after it."""
-    spec, stages = given.spec, given.stages
-    assert spec.shared is not None
-    of_r = "the shared experts read a buffer that holds R"
-    yield Variant("C1", "shared", of_r, lambda: _shared_of(given, stages.routed_MH * spec.scale))
-    if spec.scale != 1.0:
-        yield Variant("C1", "shared", of_r, lambda: _shared_of(given, stages.routed_MH))
-    if tp > 1 and not spec.shared.bias:
-        for scale in {spec.scale, 1.0}:
-            own_share = "the shared experts read a buffer that holds the rank's own share of R"
-            yield Variant("C1", "shared", own_share, partial(_shared_of_shares, given, scale, tp))
+def other_buffers(given: Problem, layout: Layout | None) -> Iterator[Variant]:
+    """The routed experts wrote R, or a rank's own share of it, over the x that the shared experts read after it, or added
+    it there; scaled or not.
+    """
+    if given.spec.shared is None:
+        return
+    x_MH, stages = given.tokens.hidden_states.double(), given.stages
+    scales = list(dict.fromkeys((given.spec.scale, 1.0)))
+    cut = layout is not None and layout.grid.dp == layout.grid.sp == 1 < layout.grid.tp and not given.spec.shared.bias
+    for added in (False, True):
+        base_MH = x_MH if added else torch.zeros_like(x_MH)
+        what = "x + {}" if added else "a buffer that holds {}"
+        for scale in scales:
+            told = f"the shared experts read {what.format('R')}"
+            yield Variant("C1", "shared", told, partial(_shared_of, given, base_MH + scale * stages.routed_MH))
+        for scale in scales if cut else ():
+            assert layout is not None
+            own = "the rank's own share of R"
+            told = f"the shared experts read {what.format(own)}"
+            yield Variant("C1", "shared", told, partial(_shared_of_shares, given, layout, base_MH, scale))
 
 
 def _shared_of(given: Problem, buffer_MH: Tensor) -> Stages:
@@ -138,17 +142,17 @@ def _shared_of(given: Problem, buffer_MH: Tensor) -> Stages:
     return with_parts(given, shared_MH=shared_experts(buffer_MH, given.exact, given.spec.shared))
 
 
-def _shared_of_shares(given: Problem, scale: float, tp: int) -> Stages:
-    """Each rank's shared experts read the rank's own share of R, which its kernel wrote over x."""
-    shared, weights = given.spec.shared, given.exact
+def _shared_of_shares(given: Problem, layout: Layout, base_MH: Tensor, scale: float) -> Stages:
+    """Each rank's piece of the shared experts reads the rank's own share of R beside base_MH."""
+    shared, weights, grid = given.spec.shared, given.exact, layout.grid
     assert shared is not None
-    total_MH, width = torch.zeros_like(given.stages.output_MH), shared.intermediate_size // tp
-    for part in shares(given, tp):
-        if part.name == "routed" and part.shard is not None:
-            own = torch.zeros_like(weights["shared_w2"])
-            columns = slice(part.shard * width, (part.shard + 1) * width)
-            own[:, columns] = weights["shared_w2"][:, columns]
-            total_MH = total_MH + shared_experts(part.value_MH * scale, {**weights, "shared_w2": own}, shared)
+    total_MH, width = torch.zeros_like(given.stages.output_MH), shared.intermediate_size // grid.shared_tp
+    held = {part.shard: part.value_MH for part in rank_shares(given, layout) if part.name == "routed"}
+    for rank in range(grid.tp):
+        own, columns = torch.zeros_like(weights["shared_w2"]), slice(rank * width, (rank + 1) * width)
+        own[:, columns] = weights["shared_w2"][:, columns]
+        buffer_MH = base_MH + scale * held.get(rank, torch.zeros_like(base_MH))
+        total_MH = total_MH + shared_experts(buffer_MH, {**weights, "shared_w2": own}, shared)
     return with_parts(given, shared_MH=total_MH)
 
 
