@@ -100,11 +100,14 @@ def choices(case: Case) -> dict[str, tuple[str, ...]]:
     all_to_all = case.kernel not in ("partial", "reduced")
     summed = max(case.grid.tp, case.grid.dp, case.grid.ep if case.grid.sp > 1 else 1)
     one_sum = ranks > 1 and case.grid.sp == 1 and case.kernel == "partial" == case.swap.replace("none", "partial")
+    # a fused shared expert may weigh 1/s, one number for all tokens: rounded, it is a systematic error, which the
+    # projection sees over many tokens. Engines keep it in fp32.
+    constant_slot = case.shared == "fused" and routing.scale != 1.0
     by_output = case.scaled_by == "output" and routing.scale != 1.0
     fits = {
         "layer": {"wide": half},
         "gate": {"fp32": half and routing.precision.logits == "model"},
-        "weights": {"dtype": half and modular},
+        "weights": {"dtype": half and modular and not constant_slot},
         "product": {"pieces": True, "native": half},
         "bias": {"apart": half and (spec.experts.bias or bool(shared and shared.bias))},
         "activation": {"each": half and spec.experts.activation.gated, "wide": half, "fused": half},
