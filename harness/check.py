@@ -49,7 +49,11 @@ def check(case: Case, system: System, *, alone: bool = False) -> Finding:
 
 
 def _called_often(case: Case, system: System) -> Finding:
-    """A case of many calls is judged by what they show together. A layer that is wrong at once has no state to show."""
+    """A case of many calls: one has to be right before what later calls get wrong can be told apart from it."""
+    plain = check(replace(case, calls="one"), system, alone=True)
+    plain = replace(plain, case=str(case), repro=repro_command(case, system.name))
+    if plain.verdict not in (Verdict.OK, Verdict.KNOWN):
+        return plain
     report = hazards(case, system, full=case.calls == "every")
     figures: dict[str, object] = {"tried": list(report.tried), "skipped": report.skipped, "notes": list(report.notes)}
     if report.broken:
@@ -57,14 +61,10 @@ def _called_often(case: Case, system: System) -> Finding:
         families = {each.family for each in report.broken}
         family = families.pop() if len(families) == 1 else None
         return _finding(case, system, Verdict.MISMATCH, figures, stage="calls", family=family, diagnosis=told)
-    if report.tried:
-        return _finding(case, system, Verdict.OK, figures)
-    plain = check(replace(case, calls="one"), system, alone=True)
-    if plain.verdict is Verdict.OK:
-        return _finding(
-            case, system, Verdict.COULD_NOT_RUN, figures, diagnosis="; ".join(dict.fromkeys(report.skipped.values()))
-        )
-    return replace(plain, case=str(case), repro=repro_command(case, system.name))
+    if not report.tried and plain.verdict is Verdict.OK:
+        told = "; ".join(dict.fromkeys(report.skipped.values()))
+        return _finding(case, system, Verdict.COULD_NOT_RUN, figures, diagnosis=told)
+    return replace(plain, figures=figures)
 
 
 def judge(case: Case, system: System, given: Problem, run: Run, probed: Probe | None = None) -> Finding:

@@ -32,6 +32,8 @@ UNEVEN_BY_KERNEL = (
     "tp2.ep4.dp2.sp2.tokens0_5+kernel=deepep_ll", "tp4.ep8.dp2.sp4.tokens2_5+kernel=nvlink_one_sided",
 )  # fmt: skip
 
+# The routed experts stored as int8.
+QUANTISED = ("tp1", "tp4.bf16", "tp4.ep2.fp16", "tp2.ep4.dp2")
 # State and hazards: a script of some forty calls on each of them.
 CALLED_OFTEN = ("tp1", "tp2.bf16", "tp2.ep4.dp2+kernel=deepep_ht", "tp4.ep4.sp4.fp16")
 CALLED_OFTEN_BY_OTHERS = ("tp1", "tp2.bf16", "tp2.ep4.dp2", "tp4.ep4.sp4")
@@ -232,6 +234,7 @@ def cases_of(model: str, system: str) -> list[Case]:
         sizes = WIDE_TP_SIZES if system != "transformers" else (1,)
         cases += [Case(model=model, size="wide", grid=Grid(tp=tp), tokens=m) for tp in sizes for m in TOKENS]
     if system == "runner":
+        cases += [replace(parse(f"{model}@{text}"), quant="int8") for text in QUANTISED]
         cases += [*_placements(page), *_on_grids(model), *_combined(model)]
     elif system == "legacy":
         cases += _files(page)

@@ -27,7 +27,7 @@ GRIDS = (
     "tp2.ep4.dp2.sp2",
 )
 FACTORS: dict[str, tuple[str, ...]] = {"grid": GRIDS} | {
-    name: values for name, (values, _) in OPTIONS.items() if name not in ("size", "s", "backend")
+    name: values for name, (values, _) in OPTIONS.items() if name not in ("size", "s", "quant", "calls", "backend")
 }
 # a model that has all that options can name, and one without shared experts and without s
 MODELS = ("deepseek_v3", "mixtral")

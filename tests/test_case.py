@@ -55,7 +55,7 @@ def cases(draw: st.DrawFn) -> Case:
     if page.real.routing.routed_scaling_factor is None:
         chosen["s"] = "twin"
     if chosen["size"] == "labels":
-        chosen["quant"] = "none"
+        chosen |= {"quant": "none", "calls": "one"}
     fit = GRIDS if chosen["size"] == "labels" else fitting(getattr(page, chosen["size"]))
     grid, split = draw(st.sampled_from(fit)), None
     if grid.dp > 1 and draw(st.booleans()):
@@ -109,7 +109,7 @@ def test_each_part_of_a_text_says_what_the_default_does_not(case):
     alone = [name for name in DEFAULTS if name not in ("model", "grid", "tokens", "split")]
     differing = [name for name in alone if getattr(case, name) != DEFAULTS[name]]
     sizes = [size for size in (case.grid.tp, case.grid.ep, case.grid.dp, case.grid.sp) if size != 1]
-    planned = case.size == "labels"  # its tokens go without saying
+    planned = case.size == "labels" or case.calls != "one"  # its tokens go without saying
     rows = not planned and (case.split is not None or case.tokens != DEFAULTS["tokens"])
     assert len(middle) + len(options) == len(differing) + len(sizes) + rows
 

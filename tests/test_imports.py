@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 # From left to right of the arrow. A third column narrows "all rows above" to what is named there.
 TABLE = [
     ("reference.spec", "data, no torch", "nothing"),
+    ("reference.certificate", "judges certificates, knows nothing of ours", "nothing"),
     ("reference", "the law, the yardstick and the bounds", "reference.spec"),
     ("harness", "the version", "nothing"),
     ("harness.errors", "for all but the reference", "nothing"),
@@ -31,6 +32,7 @@ TABLE = [
     ),
     ("harness.philox", "", "nothing"),
     ("harness.weights", "", "harness.philox reference.spec"),
+    ("harness.quantised", "", "harness.philox reference.spec"),
     (
         "harness.labels",
         "numbers of labelled layers",
@@ -49,6 +51,8 @@ TABLE = [
     ("harness.execution", "", None),
     ("harness.parts", "", None),
     ("harness.variants", "", None),
+    ("harness.projection", "", None),
+    ("harness.route_certificates", "", None),
     ("harness.compare", "", None),
     ("harness.algebra", "", None),
     ("harness.misplaced", "", "harness.layout"),
@@ -64,6 +68,7 @@ TABLE = [
     ("harness.outputs", "", None),
     ("harness.coefficients", "", None),
     ("harness.probe", "", None),
+    ("harness.hazards", "", None),
     ("harness.check", "the story of a run", None),
     ("harness.main_job", "", "harness.models harness.case"),
     ("harness.selection", "many checks", "harness.errors harness.models harness.case harness.main_job reference.spec"),
@@ -71,6 +76,9 @@ TABLE = [
     ("harness.campaign", "", None),
     ("harness.report", "", None),
     ("harness.explain", "verbs", None),
+    ("harness.faults", "", None),
+    ("harness.certify", "", None),
+    ("harness.nightly", "", None),
     ("harness.bench", "", None),
     ("harness.cli", "parse, call, exit code", None),
     ("harness.__main__", "", "harness.cli"),

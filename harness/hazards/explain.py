@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness.algebra import Evidence
 from harness.case import Case
-from harness.compare import RUN_LIMIT, compare
+from harness.compare import RUN_LIMIT, compare, near_ties
 from harness.diagnose import Diagnosis, diagnose
 from harness.hazards.judge import Verdicts, judge
 from harness.hazards.play import Played, Pools, play, same
@@ -91,9 +91,19 @@ def cause_of(scene: Scene, number: int, suspects: Iterable[Step] | None = None) 
     right = [n for n in range(len(scene.played.outcomes)) if n not in scene.wrong and steps[n].sizes == step.sizes]
     if right and step.experiment in ("order of rows", "a row twice", "a row alone"):
         return Cause(number, Circumstance.ARRANGEMENT, steps[right[0]])
-    if right and right[0] < number and step.junk is None:
-        return Cause(number, Circumstance.PROCESS, steps[right[0]])
+    before = next((n for n in right if n < number and _judged_there(scene, n, number)), None)
+    if before is not None and step.junk is None:
+        return Cause(number, Circumstance.PROCESS, steps[before])
     return Cause(number, Circumstance.COUNT)
+
+
+def _judged_there(scene: Scene, right: int, wrong: int) -> bool:
+    """Whether a call that was right has a row that is judged, no near tie, in a place where another call is wrong."""
+    tie_M = near_ties(scene.pools.first, scene.system.precision(scene.case.spec))
+    rank = scene.wrong.ranks(wrong)[0]
+    places = scene.wrong.places(wrong, rank)
+    rows = scene.played.steps[right].rows[rank // scene.case.grid.tp][places]
+    return not len(rows) or not bool(tie_M[rows].all())
 
 
 def _suspects(steps: Sequence[Step], number: int) -> Iterable[Step]:

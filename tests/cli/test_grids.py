@@ -59,7 +59,7 @@ def test_many_grids_share_columns_by_what_they_have_beside_tp_and_a_mismatch_sta
     header, columns, row, legend, *_ = done.stdout.splitlines()
     assert header.split() == ["layers.py:sound", "layers.py:wrong_over_dp"]
     assert columns.split() == ["model", "listed", "tp2", "tp3", "+ep", "+dp", "tp", "+ep", "+dp"]
-    assert row.split()[3:] == ["1", "1", "3", "4", "2", "3", "0", "4✗"]
+    assert row.split()[3:] == ["2", "2", "6", "8", "4", "6", "0", "8✗"]  # one call, and many
     assert legend.endswith("+ep, +dp, +sp: grids by what they have beside tp")
     assert done.returncode == 1
 

@@ -29,7 +29,7 @@ def test_the_pasted_example_passes_and_without_its_all_reduce_the_cause_is_named
     (tmp_path / "my_layer.py").write_text(example())
     right = command("check", "--system", "my_layer.py:build", "--model", "deepseek_v3", "--tp", "1,2,4")
     assert right.returncode == 0, right.stdout + right.stderr
-    assert "36 cases, 36 findings: 36 ok, 0 mismatch" in right.stdout
+    assert "39 cases, 39 findings: 39 ok, 0 mismatch" in right.stdout
     (tmp_path / "my_layer.py").write_text(example().replace("return comm.all_reduce(y)", "return y"))
     wrong = command("check", "--system", "my_layer.py:build", "--model", "deepseek_v3", "--tp", "2")
     assert wrong.returncode == 1

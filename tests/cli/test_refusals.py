@@ -38,7 +38,7 @@ REFUSED = {
     "check --model mixtral --seed 18446744073709551616": ("seed=18446744073709551616", "0 to 2**64 - 1"),
     "check mixtral@int8": ("'mixtral@int8'", "the part 'int8'", "fp32, bf16, fp16"),
     "check mixtral+pad=3": ("pad=3", "0, 8"),
-    "check mixtral+padding=8": ("the part 'padding=8'", "NAME=VALUE with size, s, quant, scale"),
+    "check mixtral+padding=8": ("the part 'padding=8'", "NAME=VALUE with size, s, quant, calls, scale"),
     f"check mixtral@tokens{'9' * 5000}": ("tokens",),
     "check mixtral --tp 2": ("name cases or select them with --model, --tp, ..., not both",),
     "check --system runer": ("unknown system 'runer'", "runner", "path/to/file.py:build"),
