@@ -52,7 +52,7 @@ def hazards(case: Case, system: System, *, full: bool = False) -> HazardReport:
     wrong = _sometimes_right(case, played, all_wrong)
     if 0 in all_wrong and 0 not in wrong:
         reason = "the rows of the first call are wrong in every call: a check of the case tells the cause"
-        return HazardReport(tuple(_writes(played)), WRITES, dict.fromkeys(EXPERIMENTS, reason))
+        return HazardReport(tuple(_writes(played)), skipped=dict.fromkeys(every, reason))  # nothing was tried: no pass
     scene = Scene(case, system, pools, played, wrong)
     broken = [*raised, *_writes(played)]
     if wrong.wrong:
