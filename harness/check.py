@@ -20,6 +20,7 @@ from harness.hazards import hazards
 from harness.outputs import evidence, whole_output
 from harness.probe import Probe, labelled_case, probe, read
 from harness.problem import Problem, problem, ways
+from harness.stages import first_wrong
 from harness.systems import System
 
 
@@ -85,6 +86,8 @@ def judge(case: Case, system: System, given: Problem, run: Run, probed: Probe | 
     if compared.wrong:
         seen = evidence(case, system, given, run, outputs, compared.wrong_RM)
         cause = _with_coefficients(diagnose(seen), seen, probed, case)
+        whole = seen.naive_M if case.grid.ranks == 1 else None
+        cause = replace(cause, stage=first_wrong(given, seen.stages, seen.precision, whole) or cause.stage)
         return _settled(case, system, given, outputs, cause, compared.figures())
     if compared.projection is not None:
         cause = Diagnosis(compared.projection.sentence, None)

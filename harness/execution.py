@@ -52,7 +52,9 @@ def run_system(case: Case, system: System, given: Problem) -> Run:
 
     def rank_body(comm: Communicator) -> RankOutput:
         weights = given.weights_of(comm.rank)
-        layer = system.build(case, dict(weights) if system.foreign else weights, comm)
+        if system.foreign:  # a build that writes into what it is given must not spoil the cases after it
+            weights = {name: tensor.clone() for name, tensor in weights.items()}
+        layer = system.build(case, weights, comm)
         rows = case.rows[comm.rank]
         given_MH = given.tokens.hidden_states[rows]
         x_MH = given_MH.clone()

@@ -54,6 +54,7 @@ TABLE = [
     ("harness.projection", "", None),
     ("harness.route_certificates", "", None),
     ("harness.compare", "", None),
+    ("harness.stages", "", None),
     ("harness.algebra", "", None),
     ("harness.misplaced", "", "harness.layout"),
     ("harness.recover", "", None),

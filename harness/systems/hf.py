@@ -12,6 +12,7 @@ import inspect
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,7 +64,9 @@ class TransformersSystem:
         with torch.device("meta"), _default_dtype(DTYPES[case.dtype]):
             module = _construct(upstream, case.spec)
         _load(module, upstream, weights)
-        return TransformersLayer(module.eval(), upstream.inputs)
+        layer = TransformersLayer(module.eval(), upstream.inputs)
+        layer.listen(upstream.parameters, gated=case.spec.shared is not None and case.spec.shared.sigmoid_gate)
+        return layer
 
 
 class TransformersLayer:
@@ -71,9 +74,45 @@ class TransformersLayer:
 
     def __init__(self, module: nn.Module, inputs: Mapping[str, str]) -> None:
         self.module, self._inputs = module, inputs
+        self._told: dict[str, Tensor] = {}
+
+    def stages(self) -> dict[str, Tensor]:
+        """What the submodules of the last call gave and took, as far as their shapes tell what it is."""
+        return dict(self._told)
+
+    def listen(self, parameters: Mapping[str, str | tuple[str, ...]], *, gated: bool) -> None:
+        """Hook the submodules that hold the router's, the routed and the shared experts' weights.
+
+        gated: a sigmoid follows the shared experts' module, whose output then is not S.
+        """
+        for name, role, above in (("router_weight", "router", 1), ("w13", "experts", 1), ("shared_w13", "shared", 2)):
+            stored = parameters.get(name)
+            path = stored[0] if isinstance(stored, tuple) else stored
+            if path is None or path.count(".") < above or (role == "shared" and gated):
+                continue
+            try:
+                submodule = self.module.get_submodule(path.rsplit(".", above)[0])
+            except AttributeError:
+                continue
+            submodule.register_forward_hook(partial(self._heard, role))
+
+    def _heard(self, role: str, module: nn.Module, taken: tuple[object, ...], given: object) -> None:
+        outputs = [each for each in (given if isinstance(given, tuple) else (given,)) if isinstance(each, Tensor)]
+        # copies, since some blocks add to what a submodule returned
+        flat = [each.reshape(-1, each.shape[-1]).clone() for each in outputs if each.dim() > 1]
+        if role == "shared" and flat:
+            self._told["shared"] = flat[0]
+        elif role == "router" and len(flat) == 1:
+            self._told["logits"] = flat[0]
+        elif role == "experts" and flat:
+            self._told["routed"] = flat[0]
+            slots = [each for each in taken[1:] if isinstance(each, Tensor) and each.dim() == 2]
+            for each in slots:
+                self._told["topk_weights" if each.is_floating_point() else "topk_ids"] = each
 
     @torch.no_grad()
     def __call__(self, hidden_states: Tensor, **inputs: Tensor) -> Tensor:
+        self._told.clear()
         named = {self._inputs[name]: rows[None] for name, rows in inputs.items()}
         out: Tensor | tuple[Tensor, ...] = self.module(hidden_states[None], **named)  # they take [batch, sequence, H]
         output_MH = out[0] if isinstance(out, tuple) else out  # some blocks return their logits too
