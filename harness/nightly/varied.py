@@ -134,7 +134,7 @@ class _Runner(MoERunner):
 
 def _kernel(kernel: FusedMoEKernel, way: Way, case: Case) -> FusedMoEKernel:
     varied = _turned(kernel, _Kernel, way)
-    varied.order = random.Random(case.seed)
+    varied.seed = case.seed
     experts = kernel.experts
     if isinstance(experts, MonolithicExperts):
         experts._inner = _turned(experts._inner, _Experts, way)
@@ -161,7 +161,7 @@ class _Kernel(FusedMoEKernel):
     """Gets its router weights in another dtype and its slots in another order."""
 
     way: Way
-    order: random.Random
+    seed: int
 
     def steps(self, x_MP: Tensor, weights_MK: Tensor, ids_MK: Tensor) -> Steps:
         if self.way.weights == "dtype":
@@ -172,7 +172,7 @@ class _Kernel(FusedMoEKernel):
         elif self.way.slots != "router":
             slots = list(range(ids_MK.shape[1]))[::-1]
             if self.way.slots == "shuffled":
-                self.order.shuffle(slots)
+                random.Random(self.seed).shuffle(slots)
             weights_MK, ids_MK = weights_MK[:, slots], ids_MK[:, slots]
         return super().steps(x_MP, weights_MK, ids_MK)
 

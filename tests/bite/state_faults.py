@@ -172,7 +172,9 @@ def _with_the_workspace(layer: Layer, x: Tensor) -> Tensor:
 def _weights_by_shape(layer: Layer) -> None:
     """A cache of prepared weights for the process, keyed by their shape."""
     Layer.load(layer)
-    layer.down = PROCESS.setdefault(("down", layer.rank, layer.down.shape, layer.down.dtype, layer.exchange), layer.down)
+    layer.down = PROCESS.setdefault(
+        ("down", layer.rank, layer.down.shape, layer.down.dtype, layer.exchange), layer.down
+    )
 
 
 def _current_weights(layer: Layer) -> None:

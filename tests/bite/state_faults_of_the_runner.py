@@ -38,7 +38,9 @@ def _with_call(layer: Any, call: Callable[..., Tensor]) -> None:
         return call(right, x_MH, num_tokens)
 
     layer.forward = forward
-    layer.__class__ = type("Wrong", (type(layer),), {"__call__": lambda self, *args, **named: self.forward(*args, **named)})
+    layer.__class__ = type(
+        "Wrong", (type(layer),), {"__call__": lambda self, *args, **named: self.forward(*args, **named)}
+    )
 
 
 def _frozen_plan(layer: Any, comm: Any) -> None:
