@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from harness.case import Case, Grid, parse, parse_grid
 from harness.check import check
-from harness.compare import DEVIATION_LIMIT, RUN_LIMIT, compare, near_ties
+from harness.compare import DEVIATION_LIMIT, RUN_LIMIT, compare, near_ties, tolerance_needed
 from harness.execution import RankOutput
 from harness.finding import Verdict
 from harness.outputs import whole_output
@@ -131,3 +133,118 @@ def test_a_yardstick_never_cuts_a_width_unevenly() -> None:
         cut = ways(spec, Grid(tp=tp, ep=tp)).routed
         assert all(width % cut == 0 for name, width in spec.tp_widths().items() if not name.startswith("shared"))
         assert 1 <= cut <= tp
+
+
+# -- what a verdict rests on
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("model", ["deepseek_v3", "gpt_oss", "mixtral", "nemotron_h"])
+def test_a_gross_fault_is_certain_and_a_right_output_never_is(model: str, dtype: str) -> None:
+    given = problem(Case(model=model, dtype=dtype, tokens=7, seed=1))
+    y_MH = given.stages.output_MH.to(given.dtype)
+    assert not _judged(given, y_MH).certain
+    for wrong_MH in (torch.zeros_like(y_MH), -y_MH, 2 * y_MH, torch.full_like(y_MH, torch.nan)):
+        judged = _judged(given, wrong_MH)
+        assert judged.wrong
+        nan_in_fp16 = dtype == "fp16" and bool(wrong_MH.isnan().all())
+        assert judged.certain != nan_in_fp16  # fp16 may overflow on its way, which no bound covers
+
+
+def test_a_small_fault_in_bf16_is_wrong_but_not_certain() -> None:
+    given = problem(Case(model="deepseek_v3", dtype="bf16", tokens=7, seed=1))
+    judged = _judged(given, (1.03 * given.stages.output_MH).to(given.dtype))
+    assert judged.wrong
+    assert not judged.certain
+    assert judged.figures()["certain"] is False
+    assert judged.figures()["error_over_certified_bound"] < 1
+
+
+def test_a_near_tie_is_no_proof_however_far_its_route_leads() -> None:
+    """Beyond the bound of the oracle's choice is every other legal choice too."""
+    given = problem(Case(model="gemma4", dtype="bf16", tokens=33, seed=1))
+    row = int(near_ties(given, given.spec.routing.precision).nonzero()[0, 0])
+    wrong_MH = given.stages.output_MH.clone()
+    wrong_MH[row] *= -1
+    judged = _judged(given, wrong_MH.to(given.dtype))
+    assert judged.wrong_RM[0].nonzero()[:, 0].tolist() == [row]
+    assert not judged.certain
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001, 1.5, -1.0])
+def test_the_tolerance_needed_is_the_least_that_assert_close_accepts(factor: float) -> None:
+    given = problem(Case(model="mixtral", tokens=7))
+    law_MH = given.stages.output_MH
+    found_MH = (factor * law_MH).float().double()
+    needed = tolerance_needed((found_MH - law_MH)[None], law_MH)
+    torch.testing.assert_close(found_MH, law_MH, rtol=needed * (1 + 1e-9), atol=needed * (1 + 1e-9))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(found_MH, law_MH, rtol=needed * 0.999, atol=needed * 0.999)
+
+
+def test_no_tolerance_lets_nan_pass() -> None:
+    law_MH = problem(Case(model="mixtral", tokens=7)).stages.output_MH
+    assert tolerance_needed(torch.full_like(law_MH, torch.nan)[None], law_MH) == float("inf")
+
+
+def test_figures_of_a_wrong_output_say_what_it_would_have_taken_to_miss_it() -> None:
+    given = problem(Case(model="deepseek_v3", dtype="bf16", tokens=7, seed=1))
+    figures = _judged(given, (1.2 * given.stages.output_MH).to(given.dtype)).figures()
+    assert figures["tolerance_needed"] > 3 * figures["tolerance_of_naive_run"] > 0
+    assert figures["row_error"] > figures["row_error_allowed"] > 0
+    assert figures["element_error"] / figures["certified_bound"] == pytest.approx(
+        figures["error_over_certified_bound"], rel=2e-3
+    )
+    right = _judged(given, given.stages.output_MH.to(given.dtype)).figures()
+    assert "tolerance_of_naive_run" not in right  # a naive run more for each right case would be dear
+    assert right["tolerance_needed"] < figures["tolerance_of_naive_run"]
+
+
+# -- route certificates
+
+
+@pytest.mark.parametrize("model", ["gemma4", "phimoe", "granitemoehybrid"])
+def test_a_certificate_lists_the_legal_choices_and_says_which_one_the_output_equals(model: str) -> None:
+    given = problem(Case(model=model, dtype="bf16", tokens=200, seed=1))
+    told = 0
+    for row in near_ties(given, given.spec.routing.precision).nonzero()[:40, 0].tolist():
+        for number, route in enumerate(_routes(given, row)):
+            for each in _judged(given, _on_route(given, row, route)).certificates:
+                assert (each.token, each.holds, each.nearest_R) == (row, True, (number,))
+                assert each.routes is not None
+                assert len(each.routes) == len(_routes(given, row))
+                assert each.routes[number].experts == tuple(route.topk_ids_MK[0].tolist())
+                assert each.as_dict()["equals"] == number
+                told += 1
+    assert told >= 2
+
+
+def test_an_output_on_no_legal_route_is_told_so_with_the_routes_as_data() -> None:
+    given = problem(Case(model="gemma4", dtype="bf16", tokens=33, seed=1))
+    row = int(near_ties(given, given.spec.routing.precision).nonzero()[0, 0])
+    wrong_MH = given.stages.output_MH.clone()
+    wrong_MH[row] *= 1.5
+    judged = _judged(given, wrong_MH.to(given.dtype))
+    (figure,) = judged.figures()["routes"]
+    assert (figure["token"], figure["equals"]) == (row, "none")
+    assert len(figure["legal_routes"]) == len(_routes(given, row)) >= 2
+    for told, route in zip(figure["legal_routes"], _routes(given, row), strict=True):
+        assert told["experts"] == route.topk_ids_MK[0].tolist()
+        assert told["weights"] == pytest.approx(route.topk_weights_MK[0].tolist(), rel=1e-5)
+    first, *choices = judged.certificates[0].lines()
+    assert f"token {row}: {len(choices)} legal choices of experts; the output equals none; nearest is choice" in first
+
+
+def test_too_many_legal_choices_are_told_as_unknown() -> None:
+    """All logits equal: 1,820 choices of 4 in 16 experts are right."""
+    plain = problem(Case(model="olmoe", tokens=3))
+    weights = plain.weights | {"router_weight": torch.zeros_like(plain.weights["router_weight"])}
+    given = replace(plain, weights=weights, exact={n: t.double() for n, t in weights.items()}, _errors={})
+    given = replace(given, stages=forward(given.spec, given.exact, given.tokens.hidden_states))
+    choice = Choice(given.stages.topk_ids_MK + 1, given.stages.topk_weights_MK, given.stages.margin_M)
+    other_MH = forward(given.spec, given.exact, given.tokens.hidden_states, choice=choice).output_MH
+    judged = _judged(given, other_MH.float())
+    assert not judged.wrong
+    assert judged.undecided_RM.all()
+    assert [each.as_dict()["equals"] for each in judged.certificates] == ["unknown"] * 3
+    assert "more legal choices of experts than can be listed" in next(judged.certificates[0].lines())
