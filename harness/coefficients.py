@@ -131,4 +131,5 @@ def _counted(evidence: Evidence, block: Block, rank: int, token: int, column: in
     lawful = law(given).get(block.part, "1")
     names = symbol_values(given.spec.scale, evidence.layout.sizes)
     factor = found / right * (given.spec.scale if lawful == "s" else 1.0)
-    return f"counts {fit_symbol(factor, 0.0, names, given.dtype)} instead of {lawful}"
+    symbol = fit_symbol(factor, 0.0, names, given.dtype)
+    return f"counts {f'{factor:.5g}' if symbol == lawful else symbol} instead of {lawful}"
