@@ -39,6 +39,9 @@ def check(case: Case, system: System, *, alone: bool = False) -> Finding:
             finding = _called_often(case, system)
             return finding if probed is None else _with_probe(finding, probed, case, system)
         given = problem(case)
+        if not bool(given.stages.output_MH.isfinite().all()):
+            told = "the law itself is not finite on these numbers: no layer can be judged by them"
+            return _finding(case, system, Verdict.COULD_NOT_RUN, diagnosis=told)
         run = run_system(case, system, given)
     except CouldNotRun as error:
         return _finding(case, system, Verdict.COULD_NOT_RUN, diagnosis=str(error))

@@ -300,7 +300,7 @@ def _noisy_weights(
 ) -> Noisy:
     """The given router weights [M, K], as wrong as a legal router has them."""
     logits_ME = _logits(x_MH, weights, routing, unit, precision)
-    share_MKE = _shares(logits_ME.value, ids_MK, routing)
+    share_MKE = _shares(logits_ME, ids_MK, routing)
     log_variance_MK, log_bound_MK = _log_errors(logits_ME, ids_MK, share_MKE, routing)
     noisy_MK = Noisy(weights_MK, weights_MK.square() * log_variance_MK, weights_MK.abs() * log_bound_MK.expm1())
     # once as a score, twice in renormalising, once by the expert's own scale; then cast, alone or with s
@@ -311,14 +311,20 @@ def _noisy_weights(
     return noisy_MK.stored(unit)
 
 
-def _shares(logits_ME: Tensor, ids_MK: Tensor, routing: Routing) -> Tensor:
-    """Each expert's part of the number that divides a slot's score, [M, K, E]; zeros where nothing divides it."""
+def _shares(noisy_ME: Noisy, ids_MK: Tensor, routing: Routing) -> Tensor:
+    """Each expert's part of the number that divides a slot's score, [M, K, E]; zeros where nothing divides it.
+
+    A sparsemixer's mask may be another one than the exact logits make: every expert counts that may be close to the pick.
+    """
+    logits_ME = noisy_ME.value
     scores_ME = logits_ME.softmax(-1) if routing.scoring_func == "sparsemixer" else moe.score(logits_ME, routing)
     divides_MKE = torch.zeros(*ids_MK.shape, logits_ME.shape[1], dtype=torch.bool)
     if routing.scoring_func == "sparsemixer":
         assert routing.sparsemixer_epsilon is not None  # Routing refuses the combination
         best_MK1 = logits_ME.gather(1, ids_MK)[..., None]
-        distance_MKE = (best_MK1 - logits_ME[:, None]) / torch.maximum(logits_ME[:, None].abs(), best_MK1)
+        off_MKE = torch.minimum(noisy_ME.bound, _SURE * noisy_ME.variance.sqrt())[:, None]
+        off_MKE = off_MKE + off_MKE.transpose(1, 2).gather(1, ids_MK[..., None])
+        distance_MKE = (best_MK1 - logits_ME[:, None] - off_MKE) / torch.maximum(logits_ME[:, None].abs(), best_MK1)
         divides_MKE = distance_MKE <= 2 * routing.sparsemixer_epsilon
         divides_MKE[:, 1].scatter_(1, ids_MK[:, :1], False)
     elif routing.renormalize or (routing.scoring_func == "softmax" and routing.score_after_topk):
