@@ -265,8 +265,9 @@ def _fit(
     naive_M = evidence.naive_M[rows] / given.spec.output.share
     residual_M = (target - (matrix @ solved).view_as(target)).norm(dim=-1)
     growth = max(1.0, float(solved.abs().max()) / max(1.0, given.spec.scale))
-    gone = bool((solved.abs() < _GONE).any())
-    limit = _RESIDUAL_WITHOUT if gone else RESIDUAL_LIMIT * growth
+    whole = len({column.name for column in columns}) == len(columns)  # of single shares, most are gone as a rule
+    gone = whole and bool((solved.abs() < _GONE).any())
+    limit = (_RESIDUAL_WITHOUT if gone else RESIDUAL_LIMIT) * growth
     if not bool((residual_M <= limit * (naive_M + naive_M.mean())).all()):
         return None
     noise = float(naive_M.norm()) * growth / math.sqrt(target.numel())

@@ -91,7 +91,7 @@ _WEIGHT = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 
 
 # Of so many rows that fit, on the average, the nearest is a coincidence.
-_ALIKE = 3.0
+_ALIKE = 10.0
 
 
 def routing_story(evidence: Evidence, recovered: Recovered) -> Story | None:

@@ -269,7 +269,7 @@ def test_a_tensor_that_only_one_side_has_is_refused_by_its_name():
         build(case, weights)
 
 
-@pytest.mark.parametrize("option", [name for name in OPTIONS if name not in ("size", "s")])
+@pytest.mark.parametrize("option", [name for name in OPTIONS if name not in ("size", "s", "calls")])
 def test_an_option_of_the_runner_is_not_applicable_to_transformers(option: str):
     value = OPTIONS[option][0][-1]
     case = replace(Case(model="deepseek_v3"), **{option: value})

@@ -78,6 +78,7 @@ FAMILIES = {
     "G7": "no tokens at all",
     "G8": "offsets of 32 bits",
     "G9": "token lists wrong for some numbers of tokens",
+    "P1": "a part rounded to a shorter dtype on its way",
 }
 
 REASONS = {
