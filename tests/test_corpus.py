@@ -68,7 +68,7 @@ def test_the_listing_counts_every_fault_and_every_public_bug(capsys):
     assert listing((), as_json=False) == 0
     printed = capsys.readouterr().out
     assert all(fault.name in printed for fault in bank())
-    counts = re.findall(r"^([A-H]\d+)  .*  (\d+|-) +(\d+|-)$", printed, re.MULTILINE)
+    counts = re.findall(r"^([A-HP]\d+)  .*  (\d+|-) +(\d+|-)$", printed, re.MULTILINE)
     assert sum(int(planted) for _, planted, _ in counts if planted != "-") == len(bank())
     shown = sum(thread.family is not None for thread in threads())
     assert sum(int(found) for _, _, found in counts if found != "-") == shown
