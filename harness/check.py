@@ -151,7 +151,7 @@ def _with_probe(finding: Finding, probed: Probe, case: Case, system: System) -> 
     """The finding of a case beside what the probe read: a wrong coefficient is a mismatch whatever the case itself shows."""
     labelled = labelled_case(case)
     figures = {**finding.figures, "probe": {"case": str(labelled), **probed.figures()}}
-    missed = probed.verdict == "wrong" and finding.verdict is Verdict.OK
+    missed = probed.verdict == "wrong" and finding.verdict in (Verdict.OK, Verdict.UNDECIDED)
     if missed and known.expected(labelled, system.name, problem(labelled)) is None:
         told = f"{probed.sentence} {_shown(case)}"
         return replace(

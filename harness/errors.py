@@ -11,6 +11,7 @@ Errors carry fields; the sentence is built from them.
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable, Mapping
 
 
@@ -56,6 +57,14 @@ def ranks_text(ranks: Iterable[int]) -> str:
     """'rank 2' or 'ranks 0, 1, 3'."""
     ranks = list(ranks)
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def raised_text(error: BaseException) -> str:
+    """'ValueError: text (file.py:12)' with the innermost line that is not torch's."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    where = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line}{where}"
 
 
 def unknown(what: str, value: str, known: Iterable[str], listing: str) -> UsageError:

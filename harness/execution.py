@@ -5,7 +5,6 @@ Nothing here judges numbers; what a layer may never do (another shape, dtype or 
 
 from __future__ import annotations
 
-import traceback
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from harness.case import Case
 from harness.comm import Communicator, Entry, tensor_text
 from harness.comm.simulated import run_ranks
-from harness.errors import CollectiveMismatch, CouldNotRun, UsageError, ranks_text
+from harness.errors import CollectiveMismatch, CouldNotRun, UsageError, raised_text, ranks_text
 from harness.problem import Problem
 from harness.systems import Layer, System
 
@@ -62,7 +61,7 @@ def run_system(case: Case, system: System, given: Problem) -> Run:
         try:
             output = layer(x_MH, **inputs)
         except (Exception, SystemExit) as error:
-            raise _CallFailed(f"{_told(error)} in forward") from error
+            raise _CallFailed(f"{raised_text(error)} in forward") from error
         unit = float(getattr(layer, "output_unit", 1.0))
         return RankOutput(output, rows, unit, _broken(output, x_MH, given_MH), layer)
 
@@ -79,7 +78,7 @@ def _failure(failure: BaseException) -> tuple[str, str]:
         return "collectives", str(failure)
     if isinstance(failure, (_CallFailed, UsageError)):
         return "call", str(failure)
-    raise failure if isinstance(failure, CouldNotRun) else CouldNotRun(f"{_told(failure)} while it was built")
+    raise failure if isinstance(failure, CouldNotRun) else CouldNotRun(f"{raised_text(failure)} while it was built")
 
 
 def _broken(output: object, x_MH: Tensor, given_MH: Tensor) -> str | None:
@@ -90,11 +89,3 @@ def _broken(output: object, x_MH: Tensor, given_MH: Tensor) -> str | None:
     if not torch.equal(x_MH, given_MH):
         return "forward changed its input in place; the caller still needs the hidden states for its residual"
     return None
-
-
-def _told(error: BaseException) -> str:
-    """'ValueError: text (file.py:12)' with the innermost line that is not torch's."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
-    where = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
-    first_line = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first_line}{where}"

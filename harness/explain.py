@@ -73,7 +73,9 @@ def _measured(case: Case, system: System, given: Problem, run: Run) -> Iterator[
     seen = evidence(case, system, given, run, outputs, compared.wrong_RM)
     if unit != 1.0:
         yield f"output unit: the layer returns y times {unit:g}"
-    yield "errors: " + ", ".join(f"{name} {value}" for name, value in compared.figures().items())
+    yield "errors: " + ", ".join(f"{name} {value}" for name, value in compared.figures().items() if name != "routes")
+    for certificate in compared.certificates:
+        yield from certificate.lines()
     yield from _errors(seen)
     if case.tokens == 0:
         yield "attribution: no tokens, nothing to attribute"

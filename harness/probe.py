@@ -140,10 +140,8 @@ def _wrong(seen: Evidence, beyond_RMH: Tensor, count: int, silent: tuple[str, ..
     readings = {rank: reading for rank in held if (reading := read_coefficients(seen, rank)) is not None}
     if len(readings) == len(held) and all(reading.is_symbolic for reading in readings.values()):
         cause = algebra_sentence(seen, readings)
-        if "0" in (
-            cause.coefficients.get("routed"),
-            cause.coefficients.get("shared"),
-        ):  # nothing, or what an input without tokens gives, as in a buffer overwritten
-            cause = replace(cause, family=None)
+        lost = "0" in (cause.coefficients.get("routed"), cause.coefficients.get("shared"))
+        # a part that is gone may be what an input without tokens gives, as in a buffer that was overwritten
+        cause = replace(cause, family=None) if lost else cause
         return Probe("wrong", cause.sentence, cause.family, count, 0, torch.inf, silent, dict(cause.coefficients))
     return Probe("wrong", sources(seen, beyond_RMH), None, count, 0, torch.inf, silent)

@@ -383,11 +383,11 @@ class Kept:
                 self._kept.append((owner.__dict__, state, inner))
 
     def restore(self) -> None:
-        for now, state, inner in self._kept:
-            now.clear()
-            now.update(state)
+        for attributes, state, inner in self._kept:
+            attributes.clear()
+            attributes.update(state)
             for name, kind, each in inner:
-                now[name] = kind(each)
+                attributes[name] = kind(each)
 
 
 def call(layer: StackedLayer, x_nH: tuple[Tensor, ...]) -> tuple[list[Tensor], Ledger]:

@@ -14,21 +14,10 @@ from torch import Tensor
 
 from harness.case import Case
 from harness.comm import Communicator
+from harness.faults.applies import both, has_experts_elsewhere, takes_rows
 from harness.faults.fault import Fault
-from harness.faults.hooks import (
-    Apply,
-    Plant,
-    Weights,
-    activation_rule,
-    both,
-    expert_rule,
-    experts,
-    has_experts_elsewhere,
-    kernels,
-    takes_rows,
-    tensors,
-    zeroed,
-)
+from harness.faults.plant import Apply, Plant, experts, kernels
+from harness.faults.rules import Weights, activation_rule, expert_rule, tensors, zeroed
 from harness.runner.experts import BatchedExperts, MonolithicExperts, TorchExperts
 from harness.runner.layer import FusedMoE
 from harness.runner.modular_kernel import FusedMoEKernel

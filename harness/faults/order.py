@@ -12,10 +12,12 @@ from torch import Tensor
 
 from harness.case import Case
 from harness.comm import Communicator
+from harness.faults.applies import has_shared
 from harness.faults.fault import Fault
-from harness.faults.plant import Plant, around, has_shared, kernels, planning
+from harness.faults.plant import Plant, around, kernels, planning
 from harness.runner.layer import FusedMoE
 from harness.runner.modular_kernel import FusedMoEKernel
+from harness.runner.placement import Placement
 from harness.runner.plan import Reduced, SharedExpertsOrder
 from harness.systems import Layer
 
@@ -31,7 +33,7 @@ DISPATCHED = ("dp2.bf16", "tp2.ep4.dp2", "tp2.dp2.tokens5_2", "ep4.dp4.tokens32"
 def _in_place(write: Callable[[Tensor, Tensor], Tensor]) -> Plant:
     """The experts leave write(their input, their output) in the buffer that they were given."""
 
-    def change(kernel: FusedMoEKernel, layer: FusedMoE, comm: Communicator) -> None:
+    def change(kernel: FusedMoEKernel, placement: Placement | None, layer: FusedMoE) -> None:
         experts: Any = kernel.experts
         right = experts.apply
 
@@ -49,7 +51,7 @@ def _in_place(write: Callable[[Tensor, Tensor], Tensor]) -> Plant:
 def _after_the_kernel(write: Callable[[Tensor, Tensor], Tensor]) -> Plant:
     """The whole kernel, transport and all, writes into the hidden states that it got."""
 
-    def change(kernel: FusedMoEKernel, layer: FusedMoE, comm: Communicator) -> None:
+    def change(kernel: FusedMoEKernel, placement: Placement | None, layer: FusedMoE) -> None:
         name = "monolithic_steps" if kernel.is_monolithic else "steps"
         right = getattr(kernel, name)
 
@@ -86,7 +88,7 @@ def _shared_reads_the_dispatched(layer: FusedMoE, comm: Communicator) -> None:
     })(layer, comm)  # fmt: skip
     gathered: dict[str, Tensor] = {}
 
-    def change(kernel: FusedMoEKernel, layer: FusedMoE, comm: Communicator) -> None:
+    def change(kernel: FusedMoEKernel, placement: Placement | None, layer: FusedMoE) -> None:
         transport: Any = kernel.prepare_finalize
         transport = getattr(transport, "_inner", transport)
         if not hasattr(transport, "gather"):

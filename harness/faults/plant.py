@@ -1,55 +1,37 @@
-"""Ways to plant a fault: one thing of a built layer is changed, for this call and for kernels that come later.
+"""Ways to plant a fault in a built layer: one thing of it is changed, for this call and for what the layer makes later.
 
-M tokens, H hidden, L latent, P kernel width, K top-k; R routed sum, S shared experts' output, s routed scaling factor.
+A layer makes its kernel anew when kernels are swapped or experts are placed, and its router serves two callers: what is
+planted here meets all of them. M tokens, N tokens on this rank, H hidden, L latent, P kernel width, E experts, K top-k;
+R routed sum, S shared experts' output, s routed scaling factor.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.case import Case
 from harness.comm import Communicator, Group
-from harness.runner.layer import FusedMoE
+from harness.runner.experts import BatchedExperts, MonolithicExperts, TorchExperts
+from harness.runner.layer import FusedMoE, Kernel
 from harness.runner.modular_kernel import FusedMoEKernel
+from harness.runner.placement import Placement
 from harness.runner.plan import OutputPlan
-from harness.runner.router import FusedMoERouter
+from harness.runner.router import FusedMoERouter, SharedSlotsRouter, ZeroExpertRouter
 from harness.systems import Layer
 
 Plant = Callable[[FusedMoE, Communicator], None]
-
-# ---- what a layer has
-
-
-def has_shared(case: Case) -> bool:
-    """Shared experts as a module of their own."""
-    return case.spec.shared is not None and case.shared == "separate"
+# (weights [N, K], ids [N, K])
+Routes = tuple[Tensor, Tensor]
 
 
-def unreduced(case: Case) -> bool:
-    """The kernel leaves the sum over tp to the runner, and the runner makes it."""
-    return case.kernel == "partial" and case.grid.sp == 1 and case.reduce == "layer"
-
-
-def scaler(case: Case) -> str | None:
-    """Who multiplies by s: "router", "kernel" or "runner"; "unit" where the call returns R + S/s; None without s."""
-    spec = case.spec
-    if spec.scale == 1.0:
-        return None
-    if case.scaled_by == "kernel" or (case.scaled_by == "router" and case.experts == "monolithic"):
-        return "kernel"
-    able = spec.routing.n_group > 1 or spec.routing.correction_bias
-    if case.scaled_by == "router" and able:
-        return "router"
-    return "unit" if case.scaled_by == "output" and case.dtype == "fp16" and has_shared(case) else "runner"
-
-
-# ---- the change
+def put(owner: object, name: str, value: object) -> None:
+    """Shadow a method or an attribute of one object."""
+    setattr(owner, name, value)
 
 
 def together(*plants: Plant) -> Plant:
@@ -61,6 +43,115 @@ def together(*plants: Plant) -> Plant:
 
     return plant
 
+
+# ---- the router
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WrongRouter:
+    """select: (the right router, logits [M, E]) -> weights and ids."""
+
+    right: FusedMoERouter
+    select: Callable[[FusedMoERouter, Tensor], Routes]
+
+    @property
+    def scales(self) -> bool:
+        return self.right.scales
+
+    def select_experts(self, router_logits_ME: Tensor) -> Routes:
+        return self.select(self.right, router_logits_ME)
+
+
+def routing(select: Callable[[FusedMoERouter, Tensor], Routes]) -> Plant:
+    """Another choice by the router of the routed experts; slots of shared experts are appended to it as before."""
+
+    def plant(layer: FusedMoE, comm: Communicator) -> None:
+        right = layer._router
+        if isinstance(right, SharedSlotsRouter | ZeroExpertRouter):
+            put_router(layer, replace(right, inner=WrongRouter(right.inner, select)))
+        else:
+            put_router(layer, WrongRouter(right, select))
+
+    return plant
+
+
+def rerouted(change: Callable[[Tensor, Tensor], Routes]) -> Plant:
+    """The right weights and ids, changed afterwards."""
+    return routing(lambda right, logits_ME: change(*right.select_experts(logits_ME)))
+
+
+def put_router(layer: FusedMoE, router: FusedMoERouter) -> None:
+    """For the runner, for kernels to come, and for a kernel that routes by itself."""
+    layer._router = layer.runner.router = router
+    experts = layer.runner.kernel.experts
+    if isinstance(experts, MonolithicExperts):
+        experts._router = router
+
+
+def logits(change: Callable[[Tensor], Tensor]) -> Plant:
+    """What the gate returns [M, E], changed afterwards."""
+
+    def plant(layer: FusedMoE, comm: Communicator) -> None:
+        right = layer.gate
+        put(layer, "gate", lambda x_MH: change(right(x_MH)))
+
+    return plant
+
+
+def weighing(change: Callable[[Tensor, FusedMoE, Communicator], Tensor]) -> Plant:
+    """The router's weights [M, K], those of slots of shared experts among them, changed; also of a router inside the kernel."""
+
+    def plant(layer: FusedMoE, comm: Communicator) -> None:
+        def select(right: FusedMoERouter, logits_ME: Tensor) -> Routes:
+            weights_MK, ids_MK = right.select_experts(logits_ME)
+            return change(weights_MK, layer, comm), ids_MK
+
+        put_router(layer, WrongRouter(layer.runner.router, select))
+
+    return plant
+
+
+# ---- the kernel
+
+
+def kernels(change: Callable[[FusedMoEKernel, Placement | None, FusedMoE], None]) -> Plant:
+    """The kernel that the layer has, and each that it makes later."""
+
+    def plant(layer: FusedMoE, comm: Communicator) -> None:
+        make = layer.make_kernel
+
+        def make_wrong(backend: Kernel, placement: Placement | None) -> FusedMoEKernel:
+            kernel = make(backend, placement)
+            change(kernel, placement, layer)
+            return kernel
+
+        put(layer, "make_kernel", make_wrong)
+        change(layer.runner.kernel, layer.placement, layer)
+
+    return plant
+
+
+Apply = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def experts(wrong: Callable[[TorchExperts, Apply], Apply]) -> Plant:
+    """Experts that take rows with local ids. wrong: (they, what they did) -> what they do, (x, weights, ids) -> rows."""
+
+    def change(kernel: FusedMoEKernel, placement: Placement | None, layer: FusedMoE) -> None:
+        inner = rows_of(kernel)
+        put(inner, "apply", wrong(inner, inner.apply))
+
+    return kernels(change)
+
+
+def rows_of(kernel: FusedMoEKernel) -> TorchExperts:
+    """The experts that take rows, in a kernel that routes by itself too."""
+    inner = kernel.experts._inner if isinstance(kernel.experts, MonolithicExperts) else kernel.experts
+    assert not isinstance(inner, BatchedExperts)  # `takes_rows` is part of what such a fault applies to
+    return inner
+
+
+# ---- the plan and the scale
 
 Replan = Callable[[OutputPlan, FusedMoE], Mapping[str, object]]
 
@@ -101,54 +192,7 @@ def scaling(change: Callable[[Tensor | None, Tensor, float, OutputPlan], tuple[T
     return plant
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Rerouted:
-    """A router whose weights [M, K] and ids [M, K] are changed afterwards."""
-
-    inner: FusedMoERouter
-    change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-    @property
-    def scales(self) -> bool:
-        return self.inner.scales
-
-    def select_experts(self, router_logits_ME: Tensor) -> tuple[Tensor, Tensor]:
-        return self.change(*self.inner.select_experts(router_logits_ME))
-
-
-def weighing(change: Callable[[Tensor, FusedMoE, Communicator], Tensor]) -> Plant:
-    """The router's weights [M, K], changed; also of a router inside the kernel."""
-
-    def plant(layer: FusedMoE, comm: Communicator) -> None:
-        def changed(weights_MK: Tensor, ids_MK: Tensor) -> tuple[Tensor, Tensor]:
-            return change(weights_MK, layer, comm), ids_MK
-
-        layer._router = layer.runner.router = Rerouted(layer.runner.router, changed)
-        kernels(lambda kernel, layer, comm: _use_router(kernel, layer._router))(layer, comm)
-
-    return plant
-
-
-def _use_router(kernel: FusedMoEKernel, router: FusedMoERouter) -> None:
-    if kernel.is_monolithic:
-        kernel.experts._router = router  # type: ignore[union-attr]
-
-
-def kernels(change: Callable[[FusedMoEKernel, FusedMoE, Communicator], None]) -> Plant:
-    """The kernel changed in place, and every one that is made later."""
-
-    def plant(layer: FusedMoE, comm: Communicator) -> None:
-        right = layer.make_kernel
-
-        def made(*given: Any) -> FusedMoEKernel:
-            kernel = right(*given)
-            change(kernel, layer, comm)
-            return kernel
-
-        layer.make_kernel = made  # type: ignore[assignment, method-assign]
-        change(layer.runner.kernel, layer, comm)
-
-    return plant
+# ---- the shared experts, the answer, the block around the layer
 
 
 def answering(change: Callable[[Tensor, Tensor, FusedMoE, Communicator], Tensor]) -> Plant:

@@ -16,23 +16,14 @@ from torch.nn import functional
 
 from harness.case import Case
 from harness.comm import Communicator, Group
+from harness.faults.applies import has_shared, unreduced
 from harness.faults.fault import Fault, layers_of
-from harness.faults.plant import (
-    Plant,
-    answering,
-    around,
-    has_shared,
-    kernels,
-    planning,
-    replanned,
-    sharing,
-    summed,
-    unreduced,
-)
+from harness.faults.plant import Plant, answering, around, kernels, planning, replanned, sharing, summed
 from harness.runner.block import sequence_parallel_chunk
 from harness.runner.experts import shard
 from harness.runner.layer import FusedMoE
 from harness.runner.modular_kernel import ALL_TO_ALL, FusedMoEKernel
+from harness.runner.placement import Placement
 from harness.runner.plan import OutputPlan, Reduced
 from harness.runner.prepare_finalize import Prepared
 from harness.runner.shared_experts import SharedMLP
@@ -117,7 +108,7 @@ def reducing(how: Callable[[Tensor, Communicator], Tensor]) -> Plant:
 def _wrong_about(reduced: bool) -> Plant:
     """The kernel tells the runner that its output is reduced, or that it is not."""
 
-    def change(kernel: FusedMoEKernel, layer: FusedMoE, comm: Communicator) -> None:
+    def change(kernel: FusedMoEKernel, placement: Placement | None, layer: FusedMoE) -> None:
         kernel.prepare_finalize.output_is_reduced = reduced
 
     return kernels(change)
@@ -212,8 +203,8 @@ def _shared_cut_over_tp(layer: FusedMoE, comm: Communicator) -> None:
 def _bias_of_every_rank(layer: FusedMoE, comm: Communicator) -> None:
     """Each rank that cuts an expert keeps its second bias."""
 
-    def change(kernel: FusedMoEKernel, layer: FusedMoE, comm: Communicator) -> None:
-        placement, parallel, settings = layer.runner.placement, layer._parallel, layer._settings
+    def change(kernel: FusedMoEKernel, placement: Placement | None, layer: FusedMoE) -> None:
+        parallel, settings = layer._parallel, layer._settings
         held = None if placement is None else placement.experts_of(parallel.ep_rank)
         first = shard(layer._weights, layer._spec.experts, 0, parallel.moe_tp_size, settings.padding, held)
         experts = kernel.experts._inner if kernel.is_monolithic else kernel.experts  # type: ignore[union-attr]
@@ -298,7 +289,7 @@ def _residual_before_the_sum(layer: FusedMoE, comm: Communicator) -> None:
 def scattering(how: Callable[[Group, Tensor, list[int]], Tensor]) -> Plant:
     """The naive combine done in another way: (group, results [N, P], rows of each rank) -> [M, P]."""
 
-    def change(kernel: FusedMoEKernel, layer: FusedMoE, comm: Communicator) -> None:
+    def change(kernel: FusedMoEKernel, placement: Placement | None, layer: FusedMoE) -> None:
         transport: Any = kernel.prepare_finalize
         transport = getattr(transport, "_inner", transport)  # of a kernel that reduces by itself
         group = getattr(transport, "_group", None)
@@ -376,7 +367,7 @@ def _rows_summed(comm: Communicator, block: Layer, hidden_states: Tensor, **inpu
 def combining(how: Callable[[Tensor, Prepared], tuple[Tensor, Any]]) -> Plant:
     """The results that came back, and the table of whose they are, before the right combine adds them."""
 
-    def change(kernel: FusedMoEKernel, layer: FusedMoE, comm: Communicator) -> None:
+    def change(kernel: FusedMoEKernel, placement: Placement | None, layer: FusedMoE) -> None:
         transport: Any = kernel.prepare_finalize
         right = transport.receive
 

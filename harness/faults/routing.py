@@ -11,25 +11,10 @@ import torch
 from torch import Tensor
 
 from harness.case import Case
+from harness.faults.applies import both, chooses_with_bias, has_groups, takes_rows
 from harness.faults.fault import Fault
-from harness.faults.hooks import (
-    Apply,
-    Routes,
-    both,
-    chooses_with_bias,
-    experts,
-    has_groups,
-    kernels,
-    logits,
-    put,
-    rerouted,
-    routing,
-    routing_rule,
-    rows_of,
-    takes_rows,
-    tensors,
-    without,
-)
+from harness.faults.plant import Apply, Routes, experts, kernels, logits, put, rerouted, routing, rows_of
+from harness.faults.rules import routing_rule, tensors, without
 from harness.runner.experts import MonolithicExperts, TorchExperts
 from harness.runner.layer import FusedMoE
 from harness.runner.modular_kernel import FusedMoEKernel

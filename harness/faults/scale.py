@@ -11,20 +11,12 @@ from torch import Tensor
 
 from harness.case import Case
 from harness.comm import Communicator
+from harness.faults.applies import has_shared, scaler
 from harness.faults.fault import Fault
-from harness.faults.plant import (
-    answering,
-    has_shared,
-    kernels,
-    planning,
-    scaler,
-    scaling,
-    telling,
-    together,
-    weighing,
-)
+from harness.faults.plant import answering, kernels, planning, scaling, telling, together, weighing
 from harness.runner.layer import FusedMoE
 from harness.runner.modular_kernel import FusedMoEKernel
+from harness.runner.placement import Placement
 
 BY_KERNEL = (
     "tp1+scale=kernel",
@@ -76,16 +68,16 @@ def _over_s_beyond_rank_0(weights_MK: Tensor, layer: FusedMoE, comm: Communicato
     return weights_MK if comm.rank == 0 else weights_MK / layer.runner.facts.scale
 
 
-def _kernel_scale(times: float | None) -> Callable[[FusedMoEKernel, FusedMoE, Communicator], None]:
+def _kernel_scale(times: float | None) -> Callable[[FusedMoEKernel, Placement | None, FusedMoE], None]:
     """The kernel multiplies by s that often; "it scales" stays what it says."""
 
-    def change(kernel: FusedMoEKernel, layer: FusedMoE, comm: Communicator) -> None:
+    def change(kernel: FusedMoEKernel, placement: Placement | None, layer: FusedMoE) -> None:
         kernel.scale = 0.0 if times is None else layer._spec.scale**times
 
     return change
 
 
-def _kernel_too(kernel: FusedMoEKernel, layer: FusedMoE, comm: Communicator) -> None:
+def _kernel_too(kernel: FusedMoEKernel, placement: Placement | None, layer: FusedMoE) -> None:
     """The kernel reads the number that the runner was to have for itself, and does not say so."""
     scale = kernel.scale or layer._spec.scale
     right = kernel.monolithic_steps if kernel.is_monolithic else kernel.steps

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from harness.case import Case
 from harness.comm import Communicator
+from harness.faults.applies import both, has_experts_elsewhere, takes_rows
 from harness.faults.fault import Fault
-from harness.faults.hooks import Apply, Plant, Routes, both, experts, has_experts_elsewhere, put, rerouted, takes_rows
+from harness.faults.plant import Apply, Plant, Routes, experts, put, rerouted
 from harness.runner.experts import TorchExperts
 from harness.runner.layer import FusedMoE
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from harness.case import Case
 from harness.comm import Communicator
 from harness.faults.fault import Fault, layers_of
-from harness.faults.hooks import Weights, put_router
+from harness.faults.plant import put_router
+from harness.faults.rules import Weights
 from harness.runner.layer import FusedMoE
 from harness.runner.precision import wide
 from harness.runner.router import SharedSlotsRouter

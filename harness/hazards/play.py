@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from torch import Tensor
 from harness.case import Case, groups_of
 from harness.comm import Communicator, tensor_text
 from harness.comm.simulated import run_ranks
-from harness.errors import CollectiveMismatch, CouldNotRun, UsageError
+from harness.errors import CollectiveMismatch, CouldNotRun, UsageError, raised_text
 from harness.hazards.script import SECOND, Step
 from harness.problem import Problem
 from harness.systems import Layer, System
@@ -141,7 +140,7 @@ def _play_rank(
             try:
                 output = layer(own_MH, **inputs)
             except (Exception, SystemExit) as error:
-                raise _Raised(f"raises {told(error)}") from error
+                raise _Raised(f"raises {raised_text(error)}") from error
         if first:
             _look_at_weights(state, weights[step.layer], given, "in its first call")
         misshapen = None
@@ -176,8 +175,8 @@ def _build(case: Case, system: System, weights: dict[str, Tensor], comm: Communi
         raise _Raised(f"cannot be built: {error}") from error
     except (Exception, SystemExit) as error:
         if not state.built:
-            raise CouldNotRun(f"{told(error)} while it was built") from error
-        raise _Raised(f"cannot be built: {told(error)}") from error
+            raise CouldNotRun(f"{raised_text(error)} while it was built") from error
+        raise _Raised(f"cannot be built: {raised_text(error)}") from error
     state.built = True
     return layer
 
@@ -238,14 +237,7 @@ def _failure(error: BaseException, failed_rank: int | None, states: Sequence[_Ra
         return Failure(step if failed_rank is None else states[failed_rank].at, str(error))
     if isinstance(error, UsageError):
         return Failure(step, f"asks for what cannot be: {error}")
-    raise error if isinstance(error, CouldNotRun) else CouldNotRun(told(error))
-
-
-def told(error: BaseException) -> str:
-    """'ValueError: text (file.py:12)' with the innermost line that is not torch's."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
-    where = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}{where}"
+    raise error if isinstance(error, CouldNotRun) else CouldNotRun(raised_text(error))
 
 
 class _Poison:
