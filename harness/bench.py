@@ -62,10 +62,13 @@ def _figures() -> Iterator[Measured]:
     yield Measured("models", _seconds("models"), "s", 0.2)
     yield from _checks()
     yield from _collectives()
-    seconds, memory, cases = _main_job()
+    seconds, memory, cases = _watched("check", "--json")
     yield Measured("main job, wall time with imports", seconds, "s", 20.0)
     yield Measured("main job, cases", cases, "cases", None)
     yield Measured("main job, peak memory of all processes", memory / MIB, "MiB", 1024.0)
+    with tempfile.TemporaryDirectory() as folder:
+        yield from _whole("certify, the whole space", 60.0, "certify", "--output", f"{folder}/certificate.json.gz")
+    yield from _whole("faults with the kill matrix", 180.0, "faults", "--json")
 
 
 def _seconds(*arguments: str) -> float:
@@ -162,11 +165,18 @@ def _collectives() -> Iterator[Measured]:
             yield Measured(f"all_reduce of 7 x 64, tp {tp}, {name}", spent / repeats * 1e6, "us", None)
 
 
-def _main_job() -> tuple[float, int, int]:
-    """Seconds, peak bytes and cases of `check`. Memory is the proportional share of all its processes together."""
+def _whole(name: str, limit_s: float, *arguments: str) -> Iterator[Measured]:
+    """Wall time and peak memory of a verb that takes minutes."""
+    seconds, memory, _ = _watched(*arguments)
+    yield Measured(f"{name}, wall time", seconds, "s", limit_s)
+    yield Measured(f"{name}, peak memory", memory / MIB, "MiB", 2048.0)
+
+
+def _watched(*arguments: str) -> tuple[float, int, int]:
+    """Seconds, peak bytes and printed lines of a command. Memory is the proportional share of all its processes together."""
     started = time.perf_counter()
     with tempfile.TemporaryFile() as findings:
-        process = subprocess.Popen([*_COMMAND, "check", "--json"], stdout=findings)
+        process = subprocess.Popen([*_COMMAND, *arguments], stdout=findings)
         peak = 0
         while process.poll() is None:
             peak = max(peak, _tree_bytes(process.pid))

@@ -57,6 +57,13 @@ REFUSED = {
     "check --tpp 2": ("unknown option '--tpp'", "--tp", "moe-harness check --help"),
     "bench --fast": ("--fast", "--help"),
     "explain": ("CASE", "moe-harness explain --help"),
+    "check --cases 5": ("--cases", "Type --profile nightly as well"),
+    "check mixtral --profile nightly": ("leave out the case mixtral", "--cases, --seed, --model, --jobs"),
+    "check --profile nightly --tp 2": ("leave out --tp",),
+    "check mixtral+size=labels.quant=int8": ("size=labels with quant=int8", "Leave one out"),
+    "check mixtral+size=labels.calls=many": ("size=labels with calls=many", "Leave one out"),
+    "faults Z9": ("unknown fault 'Z9'", "moe-harness faults --list"),
+    "certify --replay 5 --output none.gz": ("none.gz: no such certificate", "moe-harness certify --output none.gz"),
     "chek mixtral": ("'chek'", "'check', 'models', 'explain', 'certify', 'faults', 'bench'", "moe-harness --help"),
 }  # fmt: skip
 
