@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -148,16 +149,34 @@ def _with_coefficients(cause: Diagnosis, seen: Evidence, probed: Probe | None, c
 
 
 def _with_probe(finding: Finding, probed: Probe, case: Case, system: System) -> Finding:
-    """The finding of a case beside what the probe read: a wrong coefficient is a mismatch whatever the case itself shows."""
+    """The finding of a case beside what the probe read: a coefficient that neither the law nor the ledger of known faults
+    foretells is a mismatch whatever the case itself shows.
+    """
     labelled = labelled_case(case)
-    figures = {**finding.figures, "probe": {"case": str(labelled), **probed.figures()}}
-    missed = probed.verdict == "wrong" and finding.verdict in (Verdict.OK, Verdict.UNDECIDED)
-    if missed and known.expected(labelled, system.name, problem(labelled)) is None:
-        told = f"{probed.sentence} {_shown(case)}"
-        return replace(
-            finding, verdict=Verdict.MISMATCH, stage="output", family=probed.family, figures=figures, diagnosis=told
-        )
-    return replace(finding, figures=figures)
+    finding = replace(finding, figures={**finding.figures, "probe": {"case": str(labelled), **probed.figures()}})
+    if probed.verdict == "not-run" or finding.verdict not in (Verdict.OK, Verdict.UNDECIDED, Verdict.KNOWN):
+        return finding
+    given = problem(labelled)
+    entry = known.expected(labelled, system.name, given)
+    told, family, reference = probed.sentence, probed.family, finding.reference
+    if entry is None and probed.verdict != "wrong":
+        return finding
+    if entry is not None:
+        if known.agrees(entry, probed.symbols, labelled, given):
+            return finding
+        held = _labelled_finding(labelled, system)
+        if held.verdict is Verdict.KNOWN:
+            return finding
+        told, family, reference = held.diagnosis, held.family, held.reference or reference
+    told = f"{told} {_shown(case)}"
+    wrong = replace(finding, verdict=Verdict.MISMATCH, stage="output", family=family)
+    return replace(wrong, diagnosis=told, reference=reference)
+
+
+@functools.lru_cache(maxsize=1024)
+def _labelled_finding(labelled: Case, system: System) -> Finding:
+    """Of a labelled case by itself, in which the ledger foretells a fault that no factors of whole parts tell."""
+    return check(labelled, system)
 
 
 def _shown(case: Case) -> str:

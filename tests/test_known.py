@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 from harness import known, models
 from harness.case import DTYPES, KERNELS, Case, Grid, parse, parse_grid
@@ -185,6 +186,42 @@ def test_a_share_of_another_rank_is_not_what_the_ledger_foretells(monkeypatch):
     """qwen3_next cut S over tp: the ledger must not accept a layer that left the same share everywhere."""
     monkeypatch.setattr(known, "_own_share", lambda whole, rank, case, given: known.shares(given, 2)[1].value_MH)
     assert check(parse("qwen3_next@tp2.ep4.dp2.sp2"), LEGACY).verdict is Verdict.MISMATCH
+
+
+class Worse(LegacySystem):
+    """The old files, and one fault more that a case of 7 tokens never meets: all rows behind them come twice."""
+
+    def __init__(self, factor: float = 2.0) -> None:
+        self._factor = factor
+
+    def build(self, case, weights, comm):
+        layer = super().build(case, weights, comm)
+
+        def wrong(hidden_states, **inputs):
+            y_MH = layer(hidden_states, **inputs)
+            return torch.cat([y_MH[:7], self._factor * y_MH[7:]])
+
+        return wrong
+
+
+# a fault of whole parts, and one that leaves each rank its own share
+@pytest.mark.parametrize("text", ["dots1@tp4", "glm4_moe@tp2.ep4.dp2.tokens7_7+kernel=deepep_ht"])
+def test_a_second_fault_that_the_probe_alone_sees_is_a_mismatch_beside_a_known_one(text):
+    case = parse(text)
+    assert check(case, LEGACY).verdict is Verdict.KNOWN
+    assert check(case, Worse(), alone=True).verdict is Verdict.KNOWN
+    finding = check(case, Worse())
+    assert finding.verdict is Verdict.MISMATCH
+    assert "size=labels" in finding.diagnosis
+    assert "expects another fault" in str(finding.reference)
+    assert check(case, Worse(1.0)).verdict is Verdict.KNOWN
+
+
+def test_a_probe_that_reads_right_where_the_ledger_foretells_a_fault_is_a_mismatch(monkeypatch):
+    rotten = known.Known(system="legacy", models=("mixtral",), factors={"routed": "tp"}, reference="made up")
+    monkeypatch.setattr(known, "LEDGER", (*known.LEDGER, rotten))
+    finding = check(parse("mixtral@tp2.tokens7+calls=many"), LegacySystem())
+    assert finding.verdict is Verdict.MISMATCH
 
 
 def test_every_entry_names_a_reference_and_models_that_exist():
