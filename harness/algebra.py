@@ -53,8 +53,10 @@ class Evidence:
 
     @property
     def naive_M(self) -> Tensor:
-        """float64 [M]: the unit of errors."""
-        return self.given.naive_error(ways(self.given.spec, self.layout.grid), self.precision)
+        """float64 [M]: the unit of errors; that of the others where the naive run is not finite."""
+        naive_M = self.given.naive_error(ways(self.given.spec, self.layout.grid), self.precision)
+        finite_M = naive_M.isfinite()
+        return naive_M if bool(finite_M.all()) else naive_M.where(finite_M, naive_M[finite_M].mean().nan_to_num(0.0))
 
     @property
     def decided_M(self) -> Tensor:

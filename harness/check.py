@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from harness import known
@@ -88,6 +89,9 @@ def judge(case: Case, system: System, given: Problem, run: Run, probed: Probe | 
         return _labelled(case, system, given, run, outputs)
     compared = compare(given, outputs, ways(given.spec, case.grid), system.precision(given.spec))
     if compared.wrong:
+        if compared.undecided:  # what nobody can judge is no evidence
+            judged_RM1 = ~compared.undecided_RM[..., None]
+            outputs = [torch.where(judged_RM1[r], y, given.stages.output_MH) for r, y in enumerate(outputs)]
         seen = evidence(case, system, given, run, outputs, compared.wrong_RM)
         cause = _with_coefficients(diagnose(seen), seen, probed, case)
         whole = seen.naive_M if case.grid.ranks == 1 else None
@@ -97,9 +101,7 @@ def judge(case: Case, system: System, given: Problem, run: Run, probed: Probe | 
         cause = Diagnosis(compared.projection.sentence, None)
         return _settled(case, system, given, outputs, cause, compared.figures())
     if compared.undecided:
-        rows = int(compared.undecided_RM.any(0).sum())
-        told = f"{rows} near ties with too many legal routes to list"
-        return _finding(case, system, Verdict.UNDECIDED, compared.figures(), diagnosis=told)
+        return _finding(case, system, Verdict.UNDECIDED, compared.figures(), diagnosis=compared.why)
     return _passed(case, system, given, run, compared.figures())
 
 

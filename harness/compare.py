@@ -2,8 +2,9 @@
 
 A row is wrong if its error exceeds RUN_LIMIT times that of the worse naive run *and* DEVIATION_LIMIT times the standard
 deviation that the error analysis expects. Rows past the first limit whose choice of experts was a near tie are compared
-with every legal choice instead. Where all rows of a large half-precision case are right, projection.py looks for what
-only many of them show. All limits are measured: docs/tolerance.md.
+with every legal choice instead. Where a row has no yardstick (yardstick.py), a row beyond the limits is undecided. Where
+all rows of a large half-precision case are right, projection.py looks for what only many of them show. All limits are
+measured: docs/tolerance.md.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from harness.problem import Problem, Ways
 from harness.projection import DTYPES, FROM_TOKENS, LIMIT, Projected, project
 from harness.route_certificates import Certificate, certificate
+from harness.yardstick import yardstick
 from reference.naive import naive
 from reference.rounding import RoundingErrors, analyse, router_error
 from reference.routes import undecided_rows
@@ -49,6 +51,7 @@ class Comparison:
     the first limit, since they are dear.    worst: in units of y.    certain: a wrong row is beyond the certified bound,
     which proves that no rounding made it.
     certificates: of the rows beyond the limits that are near ties.
+    why: for what reasons rows are undecided, in words.
     tolerance: the smallest rtol = atol with which torch.testing.assert_close would let the output pass; naive_tolerance:
     the same of a clean naive run, for a wrong output.
     projected: what many rows together say; None where nobody asked, since a row is wrong, in fp32 and for few tokens.
@@ -65,6 +68,7 @@ class Comparison:
     tolerance: float = 0.0
     naive_tolerance: float | None = None
     projected: Projected | None = None
+    why: str = ""
 
     @property
     def wrong(self) -> bool:
@@ -117,11 +121,12 @@ def compare(given: Problem, outputs: Sequence[Tensor], ways: Ways, precision: Ro
     found_RMH = torch.stack(list(outputs))
     error_RMH = found_RMH - given.stages.output_MH
     error_RM = error_RMH.norm(dim=-1)
-    naive_M = given.naive_error(ways, precision)
-    beyond_RM = ~(error_RM <= RUN_LIMIT * naive_M)  # the negation also catches NaN
+    unit = yardstick(given, ways, precision)
+    naive_M = unit.naive_M
+    beyond_RM = ~(error_RM <= RUN_LIMIT * naive_M)  # the negation also catches NaN, of the output and of the yardstick
     undecided_RM = torch.zeros_like(beyond_RM)
-    ratio, tolerance = _largest(error_RM, naive_M), tolerance_needed(error_RMH, given.stages.output_MH)
     if not beyond_RM.any():
+        ratio, tolerance = _largest(error_RM, naive_M), tolerance_needed(error_RMH, given.stages.output_MH)
         projected = project_outputs(given, outputs, ways, precision)
         return Comparison(beyond_RM, undecided_RM, ratio, tolerance=tolerance, projected=projected)
     tie_M = beyond_RM.any(0) & near_ties(given, precision)
@@ -132,7 +137,7 @@ def compare(given: Problem, outputs: Sequence[Tensor], ways: Ways, precision: Ro
     )  # fmt: skip
     deviation_M = torch.zeros_like(naive_M).index_copy(0, rows, rounding.deviation_M)
     wrong_RM = beyond_RM & ~(error_RM <= DEVIATION_LIMIT * deviation_M)
-    allowed_M = torch.maximum(RUN_LIMIT * naive_M, DEVIATION_LIMIT * deviation_M)
+    allowed_M = torch.fmax(RUN_LIMIT * naive_M, DEVIATION_LIMIT * deviation_M)
     certificates = []
     for row in (wrong_RM.any(0) & tie_M).nonzero()[:, 0].tolist():
         allowed = float(allowed_M[row])
@@ -142,19 +147,26 @@ def compare(given: Problem, outputs: Sequence[Tensor], ways: Ways, precision: Ro
             undecided_RM[:, row], wrong_RM[:, row] = wrong_RM[:, row], False
         elif seen.holds:
             wrong_RM[:, row] = False
+    ties = int(undecided_RM.any(0).sum())
+    told = [f"{ties} near ties with too many legal routes to list"] if ties else []
+    blind_RM = wrong_RM & unit.cannot_judge(found_RMH)
+    undecided_RM, wrong_RM = undecided_RM | blind_RM, wrong_RM & ~blind_RM
+    why = "; ".join([*told, *unit.reasons(blind_RM)])
+    error_RMH, error_RM = error_RMH.masked_fill(blind_RM[..., None], 0.0), error_RM.masked_fill(blind_RM, 0.0)
     wrong = bool(wrong_RM.any())
     return Comparison(
         wrong_RM,
         undecided_RM,
-        ratio,
+        _largest(error_RM, naive_M.nan_to_num(nan=torch.inf)),
         _largest(error_RM[:, rows], deviation_M[rows]),
         float((error_RMH[:, rows].abs() / rounding.bound_MH).amax()),
         _worst(error_RMH[:, rows], rounding, allowed_M[rows]),
         _is_certain(given, error_RMH[:, rows], rounding, (wrong_RM & ~tie_M)[:, rows]),
         tuple(certificates),
-        tolerance,
+        tolerance_needed(error_RMH, given.stages.output_MH),
         _naive_tolerance(given, ways, precision) if wrong else None,
         None if wrong else project_outputs(given, outputs, ways, precision),
+        why,
     )
 
 

@@ -53,6 +53,7 @@ TABLE = [
     ("harness.variants", "", None),
     ("harness.projection", "", None),
     ("harness.route_certificates", "", None),
+    ("harness.yardstick", "", None),
     ("harness.compare", "", None),
     ("harness.stages", "", None),
     ("harness.algebra", "", None),

@@ -32,6 +32,7 @@ from harness.runner.router import FusedMoERouter
 from harness.systems import Layer
 from harness.systems.runner import RunnerSystem
 from harness.weights import Tokens
+from harness.yardstick import loose_logits
 from reference.moe import forward, router_logits, score, select_experts
 from reference.rounding import router_error
 
@@ -236,3 +237,104 @@ def test_extremes_reach_where_a_naive_exponential_overflows(dtype: str, least: f
 def test_a_wrong_choice_is_accused_among_extreme_logits(sign: str):
     case = Case(model="deepseek_v3", tokens=9)
     assert judged(case, extreme(problem(case), sign, 2, 0), _WrongChoice()).verdict is Verdict.MISMATCH
+
+
+# -- beyond the ends: where a yardstick cannot judge
+
+
+def times(plain: Problem, factor: float) -> Problem:
+    """All logits of one sign, that of the factor, on the average this large at the first tokens.
+
+    The tokens behind them lose what makes them loud: their logits stay below 1.
+    """
+    bare = {n: t.double().abs() if n.removeprefix("vision_") in ROUTER else t for n, t in plain.weights.items()}
+    x_MH = plain.tokens.hidden_states.abs()
+    middle = float(altered(plain, bare, x_MH).stages.logits_ME.mean())
+    weights = {
+        n: (t * (factor / middle)).to(plain.weights[n].dtype) if n.removeprefix("vision_") in ROUTER else t
+        for n, t in bare.items()
+    }
+    x_MH[QUIET:] *= 1e-3 / abs(factor)
+    return altered(plain, weights, x_MH)
+
+
+class _Louder(RunnerSystem):
+    """Multiplies its output by 1.05, in the given rows alone."""
+
+    def __init__(self, rows: slice, factor: float = 1.05) -> None:
+        self._rows, self._factor = rows, factor
+
+    def build(self, case: Case, weights: Mapping[str, Tensor], comm: Communicator) -> Layer:
+        block, rows, factor = super().build(case, weights, comm), self._rows, self._factor
+
+        def call(hidden_states: Tensor, **inputs: Tensor) -> Tensor:
+            y_MH = block(hidden_states, **inputs).clone()
+            y_MH[rows] *= factor
+            return y_MH
+
+        return call  # type: ignore[return-value]  # no stages, no plan: a layer may have none
+
+
+QUIET = 30  # tokens from here on are ordinary
+# models that divide by the sum of the chosen sigmoids alone; the others add 1e-20, and the law's own weights vanish
+UNDERFLOWS = [("minimax_m2", "fp32", -120.0), ("step3p5", "bf16", -150.0), ("minimax_m2", "fp16", -130.0)]
+ARBITRARY = [("gpt_oss", "bf16", 10_000.0)]
+
+
+def beyond(name: str, dtype: str, logit: float) -> tuple[Case, Problem]:
+    case = Case(model=name, dtype=dtype, tokens=40, grid=parse_grid("tp2"))
+    return case, times(problem(case), logit)
+
+
+@pytest.mark.parametrize(("name", "dtype", "logit"), [*UNDERFLOWS, *ARBITRARY])
+def test_a_right_layer_is_undecided_where_the_router_leaves_its_range_and_the_finding_says_why(name, dtype, logit):
+    case, loud = beyond(name, dtype, logit)
+    assert loud.stages.output_MH.isfinite().all()
+    run = run_system(case, RUNNER, loud)
+    finding = judge(case, RUNNER, loud, run)
+    assert finding.verdict is Verdict.UNDECIDED, finding.diagnosis
+    why = "a yardstick that is no number cannot judge" if logit < 0 else "makes the router weights arbitrary"
+    assert why in finding.diagnosis
+
+
+@pytest.mark.parametrize(("name", "dtype", "logit"), [*UNDERFLOWS, *ARBITRARY])
+def test_a_wrong_layer_is_found_on_ordinary_rows_of_a_case_whose_other_rows_nobody_can_judge(name, dtype, logit):
+    case, loud = beyond(name, dtype, logit)
+    system = _Louder(slice(QUIET, None), 1.2)
+    finding = judge(case, system, loud, run_system(case, system, loud))
+    assert finding.verdict is Verdict.MISMATCH
+    assert finding.figures["wrong_rows"] == 40 - QUIET
+    assert math.isfinite(finding.figures["row_error_over_naive"])
+    assert math.isfinite(finding.figures["tolerance_needed"])
+
+
+@pytest.mark.parametrize(("name", "dtype", "logit"), ARBITRARY)
+def test_nan_is_wrong_where_law_and_yardstick_are_finite_however_large_the_logits(name, dtype, logit):
+    case, loud = beyond(name, dtype, logit)
+    system = _Louder(slice(3, 4), math.nan)
+    finding = judge(case, system, loud, run_system(case, system, loud))
+    assert finding.verdict is Verdict.MISMATCH
+    assert finding.figures["wrong_rows"] == 1
+
+
+def test_nan_of_a_layer_on_ordinary_numbers_is_wrong_in_every_row():
+    case = Case(model="glm4_moe", tokens=9)
+    system = _Louder(slice(None), math.nan)
+    finding = judge(case, system, problem(case), run_system(case, system, problem(case)))
+    assert finding.verdict is Verdict.MISMATCH
+    assert finding.figures["wrong_rows"] == 9
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("bf16", 127.0), ("fp16", 1000.0), ("fp32", 2.0**22)])
+def test_logits_whose_neighbours_are_closer_than_1_excuse_nothing(dtype: str, most: float):
+    plain = problem(Case(model="gpt_oss", dtype=dtype, tokens=9))
+    assert not loose_logits(plain, RUNNER.precision(plain.spec)).any()
+    biggest = float(plain.stages.logits_ME.abs().amax())
+    weights = {n: (t.double() * (most / biggest)).to(t.dtype) if n in ROUTER else t for n, t in plain.weights.items()}
+    loud = altered(plain, weights, plain.tokens.hidden_states)
+    assert not loose_logits(loud, RUNNER.precision(plain.spec)).any()
+    twice = {n: (t.double() * 4).to(t.dtype) if n in ROUTER else t for n, t in weights.items()}
+    assert (
+        dtype == "fp32"
+        or loose_logits(altered(plain, twice, plain.tokens.hidden_states), RUNNER.precision(plain.spec)).any()
+    )
