@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from harness.nightly.varied import VariedRunner
 from harness.nightly.ways import ILLEGAL, STEPS, Way, parse_way
 from harness.pool import Outcome
 from harness.problem import problem
+from harness.runner.moe_runner import MoERunner
 
 NAMES = tuple(models.names())
 # a case in which the ways of a step show, and what else has to be so for that
@@ -93,7 +95,7 @@ def test_every_model_option_and_way_is_drawn():
     met += Counter(item for each in drawn for item in each.way.steps().items())
     options = {(name, value) for name, (values, _) in OPTIONS.items() for value in values}
     options -= {("size", "real"), ("backend", "transformers")}  # too large, and not the runner's
-    options -= {("calls", "many"), ("calls", "every")}  # state does not depend on rounding, and a script takes seconds
+    options -= {("calls", "every")}  # "many" is a part of it, and it takes seconds
     expected = options | {(step, value) for step, (values, _) in STEPS.items() for value in values}
     assert expected - met.keys() == set()
     assert {("model", name) for name in NAMES} <= met.keys()
@@ -112,6 +114,31 @@ def test_no_way_is_an_empty_name_for_the_runner_s_own(step: str, value: str):
     plain, other = output(case, Way(**steps)), output(case, Way(**(steps | {step: value})))
     assert not torch.equal(plain, other)
     torch.testing.assert_close(other, plain, rtol=0.1, atol=0.1)
+
+
+def test_one_layer_in_three_hundred_is_called_many_times_and_the_others_are_drawn_as_if_it_were_not():
+    drawn = [draw(0, number, NAMES) for number in range(4_000)]
+    often = [number for number, each in enumerate(drawn) if each.case.calls == "many"]
+    assert 5 <= len(often) <= 25
+    assert all(drawn[number].case.size != "labels" for number in often)
+    assert Drawn.parse(str(drawn[often[0]])) == drawn[often[0]]
+
+
+@pytest.mark.parametrize("text", ["mixtral@tp2", "deepseek_v3@tp2.ep4.dp2.bf16+kernel=deepep_ht", "jamba@fp16"])
+def test_a_layer_that_forgets_nothing_is_accused_once_it_is_called_often(monkeypatch, text: str):
+    right = MoERunner.forward
+
+    def forward(self, hidden_states_MH, router_logits_ME, num_tokens=None):
+        y_MH = right(self, hidden_states_MH, router_logits_ME, num_tokens)
+        self.before_MH, before_MH = y_MH, getattr(self, "before_MH", None)
+        return y_MH if before_MH is None or before_MH.shape != y_MH.shape else y_MH + before_MH
+
+    monkeypatch.setattr(MoERunner, "forward", forward)
+    case = parse(text)
+    assert blocks.judge(Drawn(case, Way())).verdict is Verdict.OK
+    finding = blocks.judge(Drawn(replace(case, calls="many"), Way()))
+    assert finding.verdict is Verdict.MISMATCH
+    assert finding.stage == "calls"
 
 
 @pytest.mark.parametrize("text", ["mixtral@tp4.bf16", "deepseek_v3@tp4.ep2", "jamba@dp4.fp16"])
