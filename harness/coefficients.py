@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -23,15 +24,17 @@ def read_coefficients(evidence: Evidence, rank: int) -> Reading | None:
     if bool(((law_MH == 0) & (evidence.outputs[rank] != 0))[held_M].any()):
         return None
     ratio_MH = torch.where(law_MH != 0, evidence.outputs[rank] / law_MH, torch.nan)[held_M]
+    read_H = (~ratio_MH.isnan()).any(0).tolist()
+    least_H = ratio_MH.nan_to_num(torch.inf, torch.inf, -torch.inf).amin(0).tolist()
+    most_H = ratio_MH.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(0).tolist()
+    symbol_of = functools.cache(lambda value: fit_symbol(value, 0.0, names, given.dtype))  # most sources count alike
     found: dict[str, dict[int, set[str]]] = {}
     for block, expert, row, column in _columns(_labels(evidence)):
-        values = ratio_MH[:, column]
-        values = values[~values.isnan()]
-        if block.part not in lawful or len(values) == 0:
+        if block.part not in lawful or not read_H[column]:
             continue
         wanted = given.spec.scale if lawful[block.part] == "s" else 1.0
         symbols = found.setdefault(block.part, {}).setdefault(_share(evidence, block, expert, row), set())
-        symbols |= {fit_symbol(float(v) * wanted, 0.0, names, given.dtype) for v in (values.min(), values.max())}
+        symbols |= {symbol_of(least_H[column] * wanted), symbol_of(most_H[column] * wanted)}
     return _joined(evidence, rank, found, lawful)
 
 
@@ -39,11 +42,12 @@ def _joined(
     evidence: Evidence, rank: int, found: dict[str, dict[int, set[str]]], lawful: dict[str, str]
 ) -> Reading | None:
     layout, symbols, own_only, uneven = evidence.layout, dict(lawful), set(), {}
+    alike = evidence.ranks_agree
     for part, shares in found.items():
         if any(len(of) > 1 for of in shares.values()):
             return None
         by_share = {share: next(iter(of)) for share, of in shares.items()}
-        mine = None if evidence.ranks_agree else layout.own(part, rank)
+        mine = None if alike else layout.own(part, rank)
         if len(set(by_share.values())) == 1:
             symbols[part] = next(iter(by_share.values()))
         elif mine in by_share and {symbol for share, symbol in by_share.items() if share != mine} == {"0"}:

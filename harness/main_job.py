@@ -34,8 +34,11 @@ UNEVEN_BY_KERNEL = (
 
 # The routed experts stored as int8.
 QUANTISED = ("tp1", "tp4.bf16", "tp4.ep2.fp16", "tp2.ep4.dp2")
-# State and hazards: a script of some forty calls on each of them.
-CALLED_OFTEN = ("tp1", "tp2.bf16", "tp2.ep4.dp2+kernel=deepep_ht", "tp4.ep4.sp4.fp16")
+# State and hazards: a script of some forty calls. Kernels and grids keep state, not a model's rules: of the runner's each
+# model takes _TURNS, in turn.
+CALLED_OFTEN = (
+    "tp1", "tp2.bf16", "tp2.ep4.dp2+kernel=deepep_ht", "tp4.ep4.sp4.fp16", "tp4+experts=slots", "ep3.dp3+kernel=deepep_ll",
+)  # fmt: skip
 CALLED_OFTEN_BY_OTHERS = ("tp1", "tp2.bf16", "tp2.ep4.dp2", "tp4.ep4.sp4")
 
 # Every pair of option values, and of a value and a grid, that a layer with s and shared experts can have together;
@@ -226,7 +229,11 @@ def cases_of(model: str, system: str) -> list[Case]:
         Case(model=model, grid=Grid(tp=tp), dtype=dtype, tokens=tokens)
         for tp, dtype, tokens in itertools.product(tp_sizes, DTYPES, TOKENS)
     ]
-    often = {"runner": CALLED_OFTEN, "legacy": CALLED_OFTEN_BY_OTHERS[:2], "transformers": CALLED_OFTEN_BY_OTHERS[:1]}
+    start = models.names().index(model) * _TURNS % len(CALLED_OFTEN)
+    often = {
+        "runner": CALLED_OFTEN[start : start + _TURNS], "legacy": CALLED_OFTEN_BY_OTHERS[:2],
+        "transformers": CALLED_OFTEN_BY_OTHERS[:1],
+    }  # fmt: skip
     cases += [replace(parse(f"{model}@{text}"), calls="many") for text in often.get(system, CALLED_OFTEN_BY_OTHERS)]
     if system != "transformers":
         cases += _factors(page)

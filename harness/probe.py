@@ -8,8 +8,9 @@ activations): signs, magnitudes and what branches on a partial sum are the gener
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ class Probe:
         return told
 
 
+@functools.lru_cache(maxsize=1024)
 def labelled_case(case: Case) -> Case:
     """The labelled case that goes with a case: its grid, dtype and options, tokens of its own."""
     return replace(case, size="labels", quant="none", calls="one", tokens=0, split=None, seed=0)
@@ -87,32 +89,44 @@ def run_probe(labelled: Case, system: System) -> Probe:
 def read(case: Case, system: System, given: Problem, run: Run) -> Probe:
     """Read the coefficients of a labelled run on every rank, and say what is wrong with them."""
     outputs = [whole_output(out, given) for out in run.ranks]
-    found_RMH, law_MH = torch.stack(outputs), given.stages.output_MH
-    u = torch.finfo(given.dtype).eps / 2
-    off_RMH = (found_RMH - law_MH).abs()
-    beyond_RMH = ~(off_RMH <= LIMIT * u * law_MH.abs())  # the negation also catches NaN
-    if bool(beyond_RMH.any()):
+    due, off_RMH = _due(given), torch.stack(outputs).sub_(given.stages.output_MH).abs_()
+    worst = float((off_RMH / due.u_MH).amax())
+    count, silent = due.count * len(outputs), _not_exercised(given)
+    if not worst <= LIMIT:  # the negation also catches NaN
+        beyond_RMH = ~(off_RMH <= LIMIT * due.u_MH)
         beyond_RMH &= ~(off_RMH <= _bound(given, ways(given.spec, case.grid), system.precision(given.spec)))
-    due_MH = law_MH != 0
-    count, silent = int(due_MH.sum()) * len(outputs), _not_exercised(given)
-    if bool(beyond_RMH.any()):
-        return _wrong(evidence(case, system, given, run, outputs, beyond_RMH.any(-1)), beyond_RMH, count, silent)
-    same = [
-        (out == (law_MH * r.unit).to(given.dtype).double() / r.unit) & due_MH
-        for out, r in zip(outputs, run.ranks, strict=True)
-    ]
-    exact, worst = int(torch.stack(same).sum()), _worst(off_RMH, u * law_MH.abs())
+        if bool(beyond_RMH.any()):
+            return _wrong(evidence(case, system, given, run, outputs, beyond_RMH.any(-1)), beyond_RMH, count, silent)
+    same = [out == _rounded(given, r.unit) for out, r in zip(outputs, run.ranks, strict=True)]
+    exact = int((torch.stack(same) & due.where_MH).sum())
     rest = "" if exact == count else f", the others within {worst:.1f} u"
     told = f"; not exercised: {', '.join(silent)}" if silent else ""
     verdict: Literal["exact", "rounded"] = "exact" if exact == count else "rounded"
     return Probe(verdict, f"{count} coefficients: {exact} exact{rest}{told}", None, count, exact, worst, silent)
 
 
-def _worst(off_RMH: Tensor, unit_MH: Tensor) -> float:
-    return float((off_RMH / unit_MH).nan_to_num(0.0).amax()) if off_RMH.numel() else 0.0
+class _Due(NamedTuple):
+    """where_MH: bool, the coefficients that are not 0.    count: how many.    u_MH: the u of each, next to nothing for a 0."""
+
+    where_MH: Tensor
+    count: int
+    u_MH: Tensor
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
+def _due(given: Problem) -> _Due:
+    law_MH, u = given.stages.output_MH, torch.finfo(given.dtype).eps / 2
+    where_MH = law_MH != 0
+    return _Due(where_MH, int(where_MH.sum()), torch.where(where_MH, u * law_MH.abs(), math.ulp(0.0)))
+
+
+@functools.lru_cache(maxsize=16)
+def _rounded(given: Problem, unit: float) -> Tensor:
+    """What an exact layer returns in that unit, read as `whole_output` reads it."""
+    return (given.stages.output_MH * unit).to(given.dtype).double() / unit
+
+
+@functools.lru_cache(maxsize=16)
 def _bound(given: Problem, cut: Ways, precision: RouterPrecision) -> Tensor:
     """The certified bound of each element, float64 [M, H]."""
     x_MH, is_vision = given.tokens.hidden_states, given.tokens.is_vision
@@ -121,7 +135,7 @@ def _bound(given: Problem, cut: Ways, precision: RouterPrecision) -> Tensor:
     ).bound_MH
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _not_exercised(given: Problem) -> tuple[str, ...]:
     labels, reached_H = given.labels, (given.stages.output_MH != 0).any(0)
     assert labels is not None  # the caller's case has size=labels
