@@ -104,7 +104,8 @@ class Reading:
     @property
     def is_symbolic(self) -> bool:
         """Every factor has a name; a bare number may be the best fit to something that is no sum of parts."""
-        read = [*self.symbols.values(), *(symbol for symbols in self.uneven.values() for symbol in symbols)]
+        read = [symbol for name, symbol in self.symbols.items() if name != "input" or not symbol.isdecimal()]
+        read += [symbol for symbols in self.uneven.values() for symbol in symbols]
         return all(symbol == "uneven" or not _is_number(symbol) for symbol in read)
 
 
@@ -165,7 +166,9 @@ def lawful_reading(given: Problem) -> Reading:
 
 
 def is_lawful(reading: Reading, lawful: Reading) -> bool:
-    return not reading.own_only and not reading.uneven and reading.symbols == lawful.symbols
+    if reading.own_only or reading.uneven:
+        return False
+    return all(symbol == lawful.symbols.get(name, "0") for name, symbol in reading.symbols.items())
 
 
 def read_whole(evidence: Evidence, rank: int, rows_M: Tensor | None = None) -> Reading | None:
@@ -178,21 +181,21 @@ def read_whole(evidence: Evidence, rank: int, rows_M: Tensor | None = None) -> R
 
 def read_with_input(evidence: Evidence, rank: int) -> Reading | None:
     """The same with the layer's input as one more part: a residual that belongs to the caller."""
-    return _fit(evidence, rank, _whole((*parts(evidence.given), layer_input(evidence.given))))
+    return _fit(evidence, rank, _whole((*parts(evidence.given), layer_input(evidence.given))), counts=("input",))
 
 
-def read_shares(evidence: Evidence, rank: int) -> Reading | None:
+def read_shares(evidence: Evidence, rank: int, rows_M: Tensor | None = None) -> Reading | None:
     """The factors of each rank's share, where whole parts do not explain the output: own against rest, then each alone.
 
-    Where all ranks return the same, no share is a rank's own, and only the second is asked.
+    Where all ranks return the same, no share is a rank's own, and only the second is asked.    rows_M: as in `read_whole`.
     """
     columns = rank_shares(evidence.given, evidence.layout)
     if not any(part.shard for part in columns):
         return None  # one rank holds all, or no share is a rank's own
-    rows_M = evidence.decided_M & evidence.held_RM[rank]
+    rows_M = evidence.decided_M & evidence.held_RM[rank] if rows_M is None else rows_M
     columns = tuple(part for part in columns if bool(part.value_MH[rows_M].any()))  # of the rest, no factor is told
-    own = None if evidence.ranks_agree else _fit(evidence, rank, _own_and_rest(columns, rank, evidence.layout))
-    return own or _fit(evidence, rank, _shares(columns), own=not evidence.ranks_agree)
+    own = None if evidence.ranks_agree else _fit(evidence, rank, _own_and_rest(columns, rank, evidence.layout), rows_M)
+    return own or _fit(evidence, rank, _shares(columns), rows_M, own=not evidence.ranks_agree)
 
 
 def serves_nobody(evidence: Evidence, rank: int) -> bool:
@@ -202,6 +205,13 @@ def serves_nobody(evidence: Evidence, rank: int) -> bool:
     held_M, shares = evidence.held_RM[rank], rank_shares(evidence.given, evidence.layout)
     own = [part for part in shares if part.name == "routed" and part.shard == rank]
     return bool(shares) and not any(bool(part.value_MH[held_M].any()) for part in own)
+
+
+def idle_ranks(evidence: Evidence) -> int:
+    """How many ranks hold no expert that any token needs; 0 where that is not known."""
+    shares = rank_shares(evidence.given, evidence.layout)
+    busy = {part.shard for part in shares if part.name == "routed"}
+    return evidence.layout.grid.ranks - len(busy) if evidence.layout.grid.ep > 1 and None not in busy and busy else 0
 
 
 def explained_by(evidence: Evidence, symbols: Mapping[str, str]) -> bool:
@@ -253,8 +263,15 @@ def _joined(columns: Sequence[Part], key: Callable[[Part], str]) -> list[_Column
 
 
 def _fit(
-    evidence: Evidence, rank: int, columns: Sequence[_Column], rows_M: Tensor | None = None, *, own: bool = True
+    evidence: Evidence,
+    rank: int,
+    columns: Sequence[_Column],
+    rows_M: Tensor | None = None,
+    *,
+    own: bool = True,
+    counts: Sequence[str] = (),
 ) -> Reading | None:
+    """own: whether a rank's own share has a name.    counts: parts that may come in any whole number, once a rank say."""
     given, layout = evidence.given, evidence.layout
     rows = (evidence.decided_M & evidence.held_RM[rank] if rows_M is None else rows_M).nonzero()[:, 0]
     picked = slice(None) if evidence.columns_H is None else evidence.columns_H
@@ -278,9 +295,18 @@ def _fit(
         return None  # the tokens do not determine every factor
     names = symbol_values(given.spec.scale, layout.sizes)
     read: dict[str, list[tuple[frozenset[int] | None, str]]] = {}
+    whole_numbers = multiples(given.spec.scale, layout) if counts else names
     for column, value, deviation in zip(columns, solved.tolist(), spread.tolist(), strict=True):
-        read.setdefault(column.name, []).append((column.shards, fit_symbol(value, deviation, names, given.dtype)))
+        able = whole_numbers if column.name in counts else names
+        read.setdefault(column.name, []).append((column.shards, fit_symbol(value, deviation, able, given.dtype)))
     return _read(read, rank if own else None, layout, law(given))
+
+
+def multiples(scale: float, layout: Layout) -> dict[str, float]:
+    """All factors, and whole numbers and as many times s up to the number of ranks: what each rank may add once."""
+    named, ranks = symbol_values(scale, layout.sizes), range(2, layout.grid.ranks + 1)
+    counts = {f"{n}": float(n) for n in ranks} | ({f"{n}*s": n * scale for n in ranks} if scale != 1.0 else {})
+    return named | {n: v for n, v in counts.items() if not any(_same_number(v, other) for other in named.values())}
 
 
 def _read(

@@ -40,6 +40,7 @@ CAUSES = (
     Cause("A3", {"routed": "1", "shared": "s"}, "the routed scaling factor multiplies the shared experts in place of the routed part"),
     Cause("A2", {"routed": "1"}, "the routed scaling factor is never applied"),
     Cause("H1", {"routed": "0", "shared": "0", "input": "1"}, "the layer returns its input"),
+    Cause("H1", {"routed": "0", "input": "1"}, "the input x stands where R belongs"),
     Cause("A6", {"routed": "0", "shared": "0"}, "nothing was computed or nothing was written there"),
     Cause("E4", {"routed": "2*s", "shared": "2"}, "everything counts twice"),
     Cause("A6", {"routed": "0"}, "the routed part is missing: an absent scaling factor read as 0, weights of 0, or a kernel that wrote nothing"),
@@ -79,6 +80,10 @@ def find_causes(reading: Reading, lawful: dict[str, str], has_scale: bool, layou
                 continue  # a second cause has parts of its own
             found.append(cause)
             left = unexplained(reading, lawful, found)
+    times = reading.symbols.get("input", "").removesuffix("*s")
+    if "input" in left and times.isdecimal():
+        told = f"the layer adds its input x {times} times: the residual belongs to the caller"
+        found.append(Cause("H1", {"input": reading.symbols["input"]}, told))
     return found
 
 
@@ -232,7 +237,7 @@ def _alike(counts: tuple[str, ...], what: str, part: str, layout: Layout) -> Cau
     if not lost and "1" in counts and len(more) == 1 and (count := more.pop()) in {"2", *layout.sizes}:
         who = layout.holders(part, [shard for shard in counted if counts[shard] == count])
         return Cause("B2", {}, f"the share of {what} of {who} counts {count} times, the others once")
-    for count, family, how in _ON_SHARES:
+    for count, family, how in _ON_SHARES["S" if part == "shared" else "R"]:
         if set(counts) - {"?"} == {"1", count}:
             who = layout.holders(part, [shard for shard in counted if counts[shard] == count])
             return Cause(family, {}, how.format(f"the share of {what} of {who}"))
@@ -240,11 +245,18 @@ def _alike(counts: tuple[str, ...], what: str, part: str, layout: Layout) -> Cau
 
 
 # What counts differently in some shares: the count, in units of the law's, the family, the sentence.
-_ON_SHARES = (
-    ("1/s", "A2", "the routed scaling factor misses {}"),
-    ("s", "A1", "the routed scaling factor is applied twice to {}"),
-    ("-1", "sign", "{} is subtracted"),
-)
+_ON_SHARES = {
+    "R": (
+        ("1/s", "A2", "the routed scaling factor misses {}"),
+        ("s", "A1", "the routed scaling factor is applied twice to {}"),
+        ("-1", "sign", "{} is subtracted"),
+    ),
+    "S": (
+        ("1/s", "E2", "{} is divided by s"),
+        ("s", "A3", "the routed scaling factor multiplies {}"),
+        ("-1", "sign", "{} is subtracted"),
+    ),
+}
 
 
 def _by_rank(table: Mapping[int, tuple[str, ...]], what: str, part: str, layout: Layout) -> Cause | None:
@@ -254,7 +266,7 @@ def _by_rank(table: Mapping[int, tuple[str, ...]], what: str, part: str, layout:
     own = {row[mine[rank]] for rank, row in table.items()} - {"?"}
     if rest == {"1"} and (own == {"2"} or (len(own) == 1 and own <= layout.sizes.keys())):
         return Cause("B14", {}, f"each rank adds its own share of {what} again after the sum")
-    if rest == {"1"} and own == {"0"}:
+    if rest == {"1"} and own == {"0"} and layout.shares(part) > 2:  # of two ranks, one may return what is the other's
         return Cause("B14", {}, f"each rank lacks its own share of {what}, the others' are there")
     factors = (rest | own) - {"0"}
     if len(factors) != 1:

@@ -18,9 +18,11 @@ from harness.algebra import (
     Evidence,
     Reading,
     formula,
+    idle_ranks,
     is_lawful,
     law,
     lawful_reading,
+    multiples,
     other_names,
     read_shares,
     read_whole,
@@ -31,6 +33,7 @@ from harness.causes import Cause, find_causes, sizes_in, uneven_causes, uneven_s
 from harness.layout import Layout
 from harness.mixtures import mixture_story
 from harness.one_rank import one_rank_story, piece_story
+from harness.other_rows import other_rows_story
 from harness.parts import LETTERS
 from harness.problem import Problem
 from harness.recover import Story, numbers_text, recover, rows_story
@@ -87,6 +90,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         _placed(one_rank_story(evidence))
         or _placed(piece_story(evidence))
         or _placed(expert_story(evidence))
+        or _placed(other_rows_story(evidence))
         or _placed(visits_story(evidence, recovered))
         or _some_rows_cause(evidence, symbolic=False)
         or _told(unknown_story(evidence))
@@ -254,7 +258,16 @@ def _input_cause(evidence: Evidence) -> Diagnosis | None:
     readings = _each(evidence, read_with_input)
     if readings is None or not all(reading.is_symbolic for reading in readings.values()):
         return None
-    return algebra_sentence(evidence, readings)
+    told, idle, scale = algebra_sentence(evidence, readings), idle_ranks(evidence), evidence.given.spec.scale
+    symbols = {reading.symbols.get("input", "0") for reading in readings.values()}
+    times = {n for n, value in multiples(scale, evidence.layout).items() if value in (idle, idle * scale)}
+    if told.family != "H1" or not idle or not symbols <= times:
+        return told
+    ranks = "rank that no token needs returns" if idle == 1 else f"{idle} ranks that no token needs return"
+    why = f"the {ranks} what stood in the buffer, x"
+    if symbols & {"1", "s", *evidence.layout.sizes, *(f"s*{name}" for name in evidence.layout.sizes)}:
+        return replace(told, sentence=f"{told.sentence}; or {why}", family=None)
+    return replace(told, sentence=f"{told.sentence.rpartition(': the layer')[0]}: {why}", family="G7")
 
 
 def _some_rows_cause(evidence: Evidence, *, symbolic: bool) -> Diagnosis | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from harness.algebra import RESIDUAL_LIMIT, Evidence, fit_symbol, law, symbol_values
 from harness.layout import ROUTED
 from harness.parts import LETTERS, parts, rank_shares, shares
-from harness.recover import Story, numbers_text, span_text
+from harness.recover import Story, numbers_text, rows_by_set, span_text
 
 
 def mixture_story(evidence: Evidence) -> Story | None:
@@ -29,7 +29,7 @@ def mixture_story(evidence: Evidence) -> Story | None:
 
 def _added(evidence: Evidence) -> Story | None:
     """Each token's output is lawful, or R or S of it, and the same parts of the tokens of other ranks stand on top."""
-    held = _rows_by_set(evidence)
+    held = rows_by_set(evidence)
     tp, sp = evidence.layout.grid.tp, evidence.layout.grid.sp
     meets: dict[str, Callable[[int, int], bool]] = {"": lambda rank, other: True}
     if evidence.layout.grid.dp > 1 and sp > 1:  # ranks then differ in tokens in both directions
@@ -56,16 +56,6 @@ def _added(evidence: Evidence) -> Story | None:
                     "whose tokens are different",
                 )  # fmt: skip
     return None
-
-
-def _rows_by_set(evidence: Evidence) -> dict[tuple[int, ...], Tensor]:
-    """The ranks that have the same tokens, and those tokens, for ranks that have any."""
-    found: dict[tuple[int, ...], list[int]] = {}
-    for rank, held_M in enumerate(evidence.held_RM):
-        rows = tuple(held_M.nonzero()[:, 0].tolist())
-        if rows:
-            found.setdefault(rows, []).append(rank)
-    return {tuple(ranks): torch.tensor(rows) for rows, ranks in found.items()}
 
 
 def _cross_fit(evidence: Evidence, rank: int, rows: Tensor, others: list[Tensor]) -> str | None:

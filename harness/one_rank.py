@@ -30,7 +30,7 @@ def _in_shares(evidence: Evidence, part: str, rows: Tensor) -> Story | None:
     if layout.shares(part) == 1 or (part == "shared" and given.spec.shared is None):
         return None
     alone = [share_of(given, layout, part, share) for share in range(layout.shares(part))]
-    laws = [{v.sentence: v for v in variants(each, None, 1) if v.stage == part} for each in alone]
+    laws = [{v.sentence: v for v in variants(each, None, 1) if v.stage == part and v.family != "P1"} for each in alone]
     target = (evidence.assembled_MH - given.stages.output_MH)[rows]
     limit = RESIDUAL_LIMIT * (evidence.naive_M + evidence.naive_M.mean())[rows]
     for sentence, variant in laws[0].items():

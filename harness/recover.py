@@ -51,7 +51,7 @@ def recover(evidence: Evidence) -> Recovered | None:
         return None
     spec = given.spec
     rank = int(evidence.wrong_RM.any(1).nonzero()[0, 0])
-    columns_EMH = _each_expert(given)
+    columns_EMH = each_expert(given)
     rest_MH = given.stages.offset_H + given.stages.shared_MH
     output_MH = evidence.assembled_MH if evidence.ranks_agree else evidence.outputs[rank]
     target_MH = (output_MH / spec.output.share - rest_MH) / spec.scale
@@ -66,7 +66,7 @@ def recover(evidence: Evidence) -> Recovered | None:
 
 
 @functools.lru_cache(maxsize=4)
-def _each_expert(given: Problem) -> Tensor:
+def each_expert(given: Problem) -> Tensor:
     """What every expert, alone and with weight 1, makes of every token: [E, M, H]."""
     x_MH, spec = given.tokens.hidden_states, given.spec
     ones_M1 = x_MH.new_ones(x_MH.shape[0], 1, dtype=torch.float64)
@@ -316,6 +316,16 @@ def _unsummed_story(evidence: Evidence, rows: Tensor, limit_M: Tensor) -> Story 
             told = f"the {what} are cut into blocks, each of them one rank's partial sum: gathered, not summed"
             return Story("B7", "output", told)
     return None
+
+
+def rows_by_set(evidence: Evidence) -> dict[tuple[int, ...], Tensor]:
+    """The ranks that have the same tokens, and those tokens, for ranks that have any."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for rank, held_M in enumerate(evidence.held_RM):
+        rows = tuple(held_M.nonzero()[:, 0].tolist())
+        if rows:
+            found.setdefault(rows, []).append(rank)
+    return {tuple(ranks): torch.tensor(rows) for rows, ranks in found.items()}
 
 
 def _in_blocks(fits: list[list[bool]], homes: list[int]) -> bool:

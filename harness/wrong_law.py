@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from harness.algebra import RESIDUAL_LIMIT, Evidence
-from harness.recover import Recovered, Story, recoverable
+from harness.recover import Recovered, Story, recoverable, rows_by_set
 from harness.variants import Variant, variants
 from reference.spec import SpecError
 
@@ -33,8 +33,8 @@ class _Fit:
 
     def is_the_law_of(self, other: _Fit) -> bool:
         """Two rules, one function: a softmax over the chosen is a softmax over all, renormalised."""
-        limit = 1e-9 * float(self.law_MH.abs().max())
-        return bool(((self.law_MH - other.law_MH).abs() <= limit).all())
+        limit = 1e-9 * float(self.law_MH.nan_to_num().abs().max())
+        return bool(((self.law_MH - other.law_MH).abs() <= limit).all())  # NaN is equal to nothing
 
 
 def wrong_law_story(evidence: Evidence, recovered: Recovered | None, *, recent: bool) -> Story | None:
@@ -45,7 +45,8 @@ def wrong_law_story(evidence: Evidence, recovered: Recovered | None, *, recent: 
     picks_MK = None if recovered is None else recovered.picks_MK
     told_by_router = recoverable(evidence.given)
     fits: list[_Fit] = []
-    for variant in variants(evidence.given, picks_MK, evidence.layout.grid.moe_tp, evidence.layout):
+    blocks = tuple(rows_by_set(evidence).values())
+    for variant in variants(evidence.given, picks_MK, evidence.layout.grid.moe_tp, evidence.layout, blocks):
         if recent and (variant.family, variant.sentence) not in _recent:
             continue
         may_be_a_factor = variant.family == "F10"  # a scale that is off in all channels alike is one
@@ -85,6 +86,17 @@ _LEFT = 1.75
 _BETTER = 3.0
 
 
+# Numbers that lie so near the middle of two short ones that the layer's arithmetic rounds them the other way.
+_FLIPPED = 0.04
+
+
+def _but_for_flips(miss_MH: Tensor, unit_M: Tensor, judged_M: Tensor) -> Tensor:
+    """What is left of a law that rounds, without the few numbers that fall on the other side of their tie."""
+    flipped_MH = miss_MH.abs() > 2 * RESIDUAL_LIMIT * unit_M[:, None] / miss_MH.shape[1] ** 0.5
+    few = float(flipped_MH[judged_M].double().mean()) <= _FLIPPED
+    return miss_MH.masked_fill(flipped_MH, 0.0) if few else miss_MH
+
+
 def _explained_by(evidence: Evidence, variant: Variant) -> _Fit | None:
     """How a variant explains the wrong rows of all ranks, near ties aside; None if it does not."""
     given = evidence.given
@@ -95,16 +107,22 @@ def _explained_by(evidence: Evidence, variant: Variant) -> _Fit | None:
     naive_M = evidence.naive_M
     growth_M = (stages.output_MH.norm(dim=-1) / given.stages.output_MH.norm(dim=-1).clamp(min=1e-30)).clamp(min=1.0)
     unit_M = growth_M * (naive_M + naive_M.mean()) / 2
-    decided_M = evidence.decided_M
+    decided_M, told_M = evidence.decided_M, ~stages.output_MH.isnan().any(-1)  # NaN: the law does not say
     if variant.routes:
         decided_M = torch.minimum(stages.margin_M, given.stages.margin_M) > _TIE[given.dtype]
+    decided_M = decided_M & told_M
     ranks, left, lawful = [], [], []
     for rank, output in enumerate(evidence.outputs):
-        wrong_M = evidence.wrong_RM[rank]
-        if not bool(wrong_M.any()):
+        if not bool(evidence.wrong_RM[rank].any()):
             continue
+        wrong_M = evidence.wrong_RM[rank] & told_M
+        if not bool(wrong_M.any()):
+            return None
         judged_M = decided_M & evidence.held_RM[rank] if bool((wrong_M & decided_M).any()) else wrong_M
-        left_M = (output - stages.output_MH).norm(dim=-1) / unit_M
+        miss_MH = output - stages.output_MH
+        if variant.family == "P1":
+            miss_MH = _but_for_flips(miss_MH, unit_M, judged_M)
+        left_M = miss_MH.norm(dim=-1) / unit_M
         if not bool((left_M <= 2 * RESIDUAL_LIMIT)[judged_M].all()):
             return None
         if float((left_M <= RESIDUAL_LIMIT)[wrong_M].double().mean()) < 0.5:

@@ -60,6 +60,7 @@ TABLE = [
     ("harness.misplaced", "", "harness.layout"),
     ("harness.recover", "", None),
     ("harness.mixtures", "", None),
+    ("harness.other_rows", "", None),
     ("harness.one_rank", "", None),
     ("harness.wrong_law", "", None),
     ("harness.visits", "", None),

@@ -106,7 +106,7 @@ HALVES = (
     ),
     Fault(
         name="w2_read_transposed", family="F2", computes="the bytes of W as those of its transpose", references=("unslothai/unsloth-zoo#779",),
-        case="mixtral", words="unknown", applies=_in_one_dtype, weights=tensors(_read_transposed, "w2"),
+        case="mixtral", words="the bytes of w2 are taken for those of the transpose", applies=_in_one_dtype, weights=tensors(_read_transposed, "w2"),
     ),
 )  # fmt: skip
 

@@ -136,7 +136,7 @@ BIAS = (
     Fault(
         name="bias_read_as_bf16", family="D3", computes="topk(σ + b'), b' the bytes of b as bf16",
         references=("vllm-project/vllm#38989",),
-        case="deepseek_v3", words="visit other experts than the law", applies=chooses_with_bias,
+        case="deepseek_v3", words="the fp32 correction bias is read as bf16", applies=chooses_with_bias,
         weights=tensors(_read_as_bf16, "e_score_correction_bias"),
     ),
     Fault(
@@ -375,7 +375,7 @@ DTYPES = (
     ),
     Fault(
         name="bf16_logits_read_as_fp32", family="D9", computes="σ(l'), l' the bytes of bf16 l as fp32",
-        references=("flashinfer-ai/flashinfer#2889",), case="deepseek_v3", words="visit other experts than the law", layer=logits(_bf16_memory_read_as_fp32),
+        references=("flashinfer-ai/flashinfer#2889",), case="deepseek_v3", words="the logits are stored as bf16 and read as fp32", layer=logits(_bf16_memory_read_as_fp32),
     ),
     Fault(
         name="fp32_logits_read_as_bf16", family="D9", also=("G5", "D12"), computes="σ(l'), l' the bytes of fp32 l as bf16",
@@ -383,7 +383,7 @@ DTYPES = (
     ),
     Fault(
         name="scores_in_bf16_before_the_choice", family="D9", computes="topk(bf16 σ)", references=("ViperEkura/AstrAI#57",),
-        case="dots1@tokens33", words="the right experts have wrong weights", applies=both(_fp32_layer, _scores_all),
+        case="dots1@tokens33", words="the scores are rounded to bf16 before the choice", applies=both(_fp32_layer, _scores_all),
         layer=routing(_scores_rounded_before_the_choice),
     ),
     Fault(
@@ -393,7 +393,7 @@ DTYPES = (
     ),
     Fault(
         name="ids_read_as_int32", family="D15", computes="expert 0 for every other slot", references=("vllm-project/vllm#8430",),
-        case="olmoe", words="visit other experts than the law", layer=rerouted(_ids_read_as_int32),
+        case="olmoe", words="the table of ids is stored as int64 and read as int32", layer=rerouted(_ids_read_as_int32),
     ),
 )  # fmt: skip
 

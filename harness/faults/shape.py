@@ -264,7 +264,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         name="lists_off_by_one", family="G9", computes="rows of other tokens, expert 0 right", references=("tenstorrent/tt-metal#50669",),
-        case="mixtral@tokens33", words="unknown", also=("H2",), applies=takes_rows, layer=experts(_lists_off_by_one),
+        case="mixtral@tokens33", words="the lists of experts 1 to 7 hold other tokens", also=("H2",), applies=takes_rows, layer=experts(_lists_off_by_one),
     ),
     Fault(
         name="lists_overwritten", family="G9", computes="R without experts 0 to 2", references=("ModelTC/LightLLM#1369",), also=("F7",),

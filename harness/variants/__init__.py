@@ -17,20 +17,36 @@ from torch import Tensor
 
 from harness.layout import Layout
 from harness.problem import Problem
-from harness.variants import activations, choice, experts, groups, modalities, places, quantised, shared, weighing
+from harness.variants import (
+    activations,
+    choice,
+    experts,
+    groups,
+    misread,
+    modalities,
+    places,
+    quantised,
+    rounded,
+    shared,
+    weighing,
+)  # fmt: skip
 from harness.variants.law import Variant
 from reference.moe import Stages
 
 __all__ = ["Variant", "variants"]
 
 
-def variants(given: Problem, picks_MK: Tensor | None, tp: int, layout: Layout | None = None) -> Iterator[Variant]:
+def variants(
+    given: Problem, picks_MK: Tensor | None, tp: int, layout: Layout | None = None, blocks: Sequence[Tensor] = ()
+) -> Iterator[Variant]:
     """Every wrong law that differs from this layer's, the commonest first.
 
     picks_MK: the experts that an output must come from, if known: they decide where a wrong law leaves exact ties.
     tp: into how many pieces an expert is cut.    layout: which rank holds what, where laws of single ranks are asked for too.
+    blocks: the rows of each table that some ranks make of tokens of their own, where misread tables are asked for too.
     """
     yield from _router(given, picks_MK)
+    yield from misread.tables(given, picks_MK, blocks) if blocks else ()
     yield from _in_both(given, [*_experts(given, tp, layout)])
     yield from modalities.branches(given)
 
@@ -53,6 +69,7 @@ def _router(given: Problem, picks_MK: Tensor | None) -> Iterator[Variant]:
         yield from weighing.final_weights(given)
         if given.dtype is torch.float32:
             yield from choice.rounded_logits(given, torch.float16)
+        yield from rounded.router(given)
 
 
 def _experts(given: Problem, tp: int, layout: Layout | None) -> Iterator[Variant]:
@@ -68,6 +85,8 @@ def _experts(given: Problem, tp: int, layout: Layout | None) -> Iterator[Variant
     yield from places.cuts(given, tp)
     yield from places.neighbours(given)
     yield from experts.first_bias(given)
+    yield from misread.matrices(given, tp)
+    yield from rounded.experts(given, layout)
 
 
 def _in_both(given: Problem, variants: Sequence[Variant]) -> Iterator[Variant]:

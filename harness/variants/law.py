@@ -123,17 +123,25 @@ def _with_routing(given: Problem, picks_MK: Tensor | None, **changes: object) ->
     wrong = replace(spec, routing=changed(spec.routing), vision=vision)
     if picks_MK is None or vision is not None or wrong.routing.top_k != picks_MK.shape[1]:
         return run(given, spec=wrong)
-    return run(given, spec=wrong, choice=_ties_as_picked(given, wrong.routing, picks_MK))
+    return run(given, spec=wrong, choice=ties_as_picked(given, wrong.routing, picks_MK))
 
 
-def _ties_as_picked(given: Problem, routing: Routing, picks_MK: Tensor) -> Choice:
-    """The choice of a wrong router; among exact ties, which groups filled with one value have, it is the picks."""
+def ties_as_picked(
+    given: Problem, routing: Routing, picks_MK: Tensor | None, logits_ME: Tensor | None = None
+) -> Choice:
+    """The choice of a wrong router; among exact ties, which groups filled with one value have, it is the picks.
+
+    logits_ME: those of the rule by default.
+    """
     weights = given.exact
-    logits_ME = router_logits(given.tokens.hidden_states.double(), weights, routing)
+    if logits_ME is None:
+        logits_ME = router_logits(given.tokens.hidden_states.double(), weights, routing)
     scores_ME = score(logits_ME, routing)
     bias_E = weights["e_score_correction_bias"] if routing.correction_bias else None
     own = select_experts(logits_ME, scores_ME, bias_E, routing)
-    if routing.scoring_func == "sparsemixer":
+    if routing.per_expert_scale:
+        own = replace(own, topk_weights_MK=own.topk_weights_MK * weights["per_expert_scale"][own.topk_ids_MK])
+    if routing.scoring_func == "sparsemixer" or picks_MK is None:
         return own
     ranked_ME = rank_scores(logits_ME, scores_ME, bias_E, routing)
     least_M1 = ranked_ME.gather(1, own.topk_ids_MK[:, -1:])
