@@ -86,54 +86,101 @@ def _share(evidence: Evidence, block: Block, expert: int, row: int) -> int:
 
 @dataclass(slots=True)
 class _Off:
-    """Where sources of one kind are off by one factor."""
+    """Sources of one kind that are off. rows: (share, row) of the intermediate dimension that they stand for.
 
+    factors: by symbol, the plainest first; "" where the source should not be there at all.
+    """
+
+    block: Block
+    factors: dict[str, float] = field(default_factory=dict)
     experts: set[int] = field(default_factory=set)
+    rows: set[tuple[int, int]] = field(default_factory=set)
     ranks: set[int] = field(default_factory=set)
     tokens: set[int] = field(default_factory=set)
 
+    def take(self, other: _Off) -> None:
+        """Tell both as one kind, whose factors differ."""
+        self.factors |= other.factors
+        for mine, others in (
+            (self.experts, other.experts), (self.ranks, other.ranks), (self.tokens, other.tokens),
+        ):  # fmt: skip
+            mine |= others
+        self.rows |= other.rows
+
+
+_KINDS = 4
+
 
 def sources(evidence: Evidence, beyond_RMH: Tensor) -> str:
-    """Every kind of source that is off, with its factor, experts, ranks and tokens, in one sentence; three at most.
+    """Every kind of source that is off, with its factor, experts, shares, ranks and tokens, in one sentence.
 
-    beyond_RMH: bool, the coefficients that are wrong.
+    beyond_RMH: bool, the coefficients that are wrong. Where there are many kinds, those of one part are told as one.
     """
-    off: dict[tuple[str, str], _Off] = {}
+    kinds = list(_kinds(evidence, beyond_RMH).values())
+    if len(kinds) > _KINDS:
+        parts: dict[tuple[str, bool], _Off] = {}
+        for off in kinds:
+            parts.setdefault((_who(off.block), "" in off.factors), _Off(off.block)).take(off)
+        kinds = list(parts.values())
+    sentences = [_told(evidence, off) for off in kinds]
     known_H = torch.zeros(beyond_RMH.shape[2], dtype=torch.bool)
-    for block, expert, _, column in _columns(_labels(evidence)):
+    for _, _, _, column in _columns(_labels(evidence)):
         known_H[column] = True
-        for rank, token in beyond_RMH[:, :, column].nonzero().tolist():
-            told = off.setdefault((_who(block), _counted(evidence, block, rank, token, column)), _Off())
-            told.experts.add(expert)
-            told.ranks.add(rank)
-            told.tokens.add(token)
-    sentences = []
-    for (who, counted), at in list(off.items())[:3]:
-        experts = (
-            f" of expert{'s' if len(at.experts) > 1 else ''} {numbers_text(sorted(at.experts))}"
-            if who[0] in "RB"
-            else ""
-        )
-        where = "" if len(at.ranks) == len(evidence.outputs) else f" on {ranks_text(sorted(at.ranks))}"
-        sentences.append(f"{who}{experts} {counted}{where} in tokens {numbers_text(sorted(at.tokens))}")
-    if len(off) > 3:
-        sentences.append(f"{len(off) - 3} more kinds of source are off")
     if bool(beyond_RMH[:, :, ~known_H].any()):
         sentences.append("columns that no expert writes are not 0: the layer adds its input or another buffer")
     return "; ".join(sentences)
 
 
+def _kinds(evidence: Evidence, beyond_RMH: Tensor) -> dict[tuple[str, str], _Off]:
+    """By part and factor."""
+    given, kinds = evidence.given, dict[tuple[str, str], _Off]()
+    lawful, names = law(given), symbol_values(given.spec.scale, evidence.layout.sizes)
+    for block, expert, row, column in _columns(_labels(evidence)):
+        wanted = lawful.get(block.part, "1")
+        for rank, token in beyond_RMH[:, :, column].nonzero().tolist():
+            found, right = float(evidence.outputs[rank][token, column]), float(given.stages.output_MH[token, column])
+            factor = 0.0 if right == 0 else found / right * (given.spec.scale if wanted == "s" else 1.0)
+            symbol = "" if right == 0 else fit_symbol(factor, 0.0, names, given.dtype)
+            symbol = f"{factor:.5g}" if symbol == wanted else symbol
+            off = kinds.setdefault((_who(block), symbol), _Off(block, {symbol: factor}))
+            off.experts.add(expert)
+            off.rows.add((_share(evidence, block, expert, row), row))
+            off.ranks.add(rank)
+            off.tokens.add(token)
+    return kinds
+
+
+def _told(evidence: Evidence, off: _Off) -> str:
+    """'R of experts 0 to 3, in the share of rank 1, counts 0 instead of s on rank 2 in tokens 0 to 9'."""
+    who = _who(off.block)
+    if off.block.count > 1:
+        who += f" of expert{'s' if len(off.experts) > 1 else ''} {numbers_text(sorted(off.experts))}"
+    if "" in off.factors:
+        counted = "comes in uncalled"
+    else:
+        lawful = law(evidence.given).get(off.block.part, "1")
+        low, high = (pick(off.factors, key=lambda name: off.factors[name]) for pick in (min, max))
+        counted = f"counts {low if low == high else f'{low} to {high}'} instead of {lawful}"
+    where = "" if len(off.ranks) == len(evidence.outputs) else f" on {ranks_text(sorted(off.ranks))}"
+    return f"{who}{_rows_text(evidence, off)} {counted}{where} in tokens {numbers_text(sorted(off.tokens))}"
+
+
+def _rows_text(evidence: Evidence, off: _Off) -> str:
+    """Which part of the experts' intermediate rows is meant: nothing for all of them, whole shares by their rank."""
+    block = off.block
+    rows = sorted({row for _, row in off.rows})
+    if block.copied or len(rows) == block.each:
+        return ""
+    shares = sorted({share for share, _ in off.rows})
+    every = {
+        (_share(evidence, block, expert, row), row) for expert in off.experts for row in range(block.each)
+    }  # fmt: skip
+    whole = {place for place in every if place[0] in shares} == off.rows
+    which = f"the share{'s' if len(shares) > 1 else ''} of {ranks_text(shares)}"
+    if whole:
+        return f", {which},"
+    return f", intermediate row{'s' if len(rows) > 1 else ''} {numbers_text(rows)} of {block.each} ({which}),"
+
+
 def _who(block: Block) -> str:
     return f"{LETTERS[block.part]}{' (vision)' if block.tensor.startswith('vision_') else ''}"
-
-
-def _counted(evidence: Evidence, block: Block, rank: int, token: int, column: int) -> str:
-    given = evidence.given
-    found, right = float(evidence.outputs[rank][token, column]), float(given.stages.output_MH[token, column])
-    if right == 0:
-        return "comes in"
-    lawful = law(given).get(block.part, "1")
-    names = symbol_values(given.spec.scale, evidence.layout.sizes)
-    factor = found / right * (given.spec.scale if lawful == "s" else 1.0)
-    symbol = fit_symbol(factor, 0.0, names, given.dtype)
-    return f"counts {f'{factor:.5g}' if symbol == lawful else symbol} instead of {lawful}"

@@ -117,6 +117,14 @@ def _lost_on_rank_1(made, comm):
         made["w2"][3].zero_()
 
 
+def _lost_last_row(made, comm):
+    made["w2"][:, :, -1] = 0.0
+
+
+def _expert_0_for_1(made, comm):
+    made["w2"][1] = made["w2"][0]
+
+
 def _wrong_shard(made, comm):
     if comm.rank == 2:
         made["w13"].copy_(made["w13"].roll(2, 1))
@@ -127,8 +135,10 @@ WRONG = {
     "scale squared": ("deepseek_v3@tp4", routing(routed_scaling_factor=2.4375**2), "y = s^2*R + S", "A1"),
     "all reduced twice": ("mixtral@tp4", answer(lambda y, x, comm: comm.all_reduce(y)), "y = tp*R instead of R", "B2"),
     "halved on rank 0": ("mixtral@tp4", answer(lambda y, x, comm: y / 2 if comm.rank == 0 else y), "on rank 0", None),
-    "an expert lost on one rank": ("mixtral@tp4", weights(_lost_on_rank_1), "R of expert 3 counts 0 instead of 1", None),
-    "two experts' w2 exchanged": ("mixtral@tp1", weights(_swap_experts), "R of expert 0 counts 2 instead of 1", None),
+    "an expert lost on one rank": ("mixtral@tp4", weights(_lost_on_rank_1), "R of expert 3, the share of rank 1, counts 0 instead of 1", None),
+    "a piece of a share lost": ("mixtral@tp4", weights(_lost_last_row), "intermediate row 7 of 8 (the share of rank 3), counts 0", None),
+    "another expert's output": ("mixtral@tp1", weights(_expert_0_for_1), "R of expert 1 counts 0 instead of 1 in", None),
+    "two experts' w2 exchanged": ("mixtral@tp1", weights(_swap_experts), "R of expert 0 counts 2 instead of 1 in tokens 0", None),
     "another rank's w13": ("mixtral@tp4", weights(_wrong_shard), "counts", None),
     "gate and up exchanged": ("mixtral@tp1", weights(lambda m, c: m["w13"].copy_(m["w13"].roll(2, 1))), "counts", None),
     "interleaved read as halves": ("gpt_oss@tp1", experts(layout="halved"), "R of experts", None),
