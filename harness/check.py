@@ -19,10 +19,10 @@ from harness.errors import CouldNotRun
 from harness.execution import Run, run_system
 from harness.finding import Finding, Verdict, repro_command
 from harness.hazards import hazards
-from harness.outputs import evidence, whole_output
+from harness.outputs import evidence, handed, whole_output
 from harness.probe import Probe, labelled_case, probe, read
 from harness.problem import Problem, problem, ways
-from harness.stages import first_wrong
+from harness.stages import Looked, first_wrong
 from harness.systems import System
 
 
@@ -94,9 +94,10 @@ def judge(case: Case, system: System, given: Problem, run: Run, probed: Probe | 
             outputs = [torch.where(judged_RM1[r], y, given.stages.output_MH) for r, y in enumerate(outputs)]
         seen = evidence(case, system, given, run, outputs, compared.wrong_RM)
         cause = _with_coefficients(diagnose(seen), seen, probed, case)
-        whole = seen.naive_M if case.grid.ranks == 1 else None
-        cause = replace(cause, stage=first_wrong(given, seen.stages, seen.precision, whole) or cause.stage)
-        return _settled(case, system, given, outputs, cause, compared.figures())
+        looked = Looked(given, outputs, seen.wrong_RM, case.grid, seen.precision, not system.foreign)
+        placed = first_wrong(looked, handed(case, run))
+        figures = compared.figures() | ({"stages": placed.read} if placed.read else {})
+        return _settled(case, system, given, outputs, replace(cause, stage=placed.stage or cause.stage), figures)
     if compared.projection is not None:
         cause = Diagnosis(compared.projection.sentence, None)
         return _settled(case, system, given, outputs, cause, compared.figures())

@@ -13,12 +13,13 @@ from harness.execution import RankOutput, Run
 from harness.labels.tensors import fold
 from harness.layout import Layout, linear_owners
 from harness.problem import Problem
-from harness.systems import System
+from harness.stages import Handed
+from harness.systems import Layer, System
 
 
 def whole_output(out: RankOutput, given: Problem) -> Tensor:
     """What a rank returned, [M, H] float64 in units of y, between the law's own rows for the tokens of other ranks."""
-    found_mH = out.output.double() / out.unit
+    found_mH = out.output.double() if out.unit == 1.0 else out.output.double() / out.unit
     if given.labels is not None:
         found_mH = fold(given.labels, found_mH)
     if found_mH.shape[0] == given.stages.output_MH.shape[0]:
@@ -38,10 +39,33 @@ def evidence(
     if case.grid.sp > 1 and not bool((wrong_RM & held_RM).any()):  # what a rank computed is right: the gather is not
         held_RM = torch.stack([_mask(out.rows, wrong_RM.shape[1]) for out in run.ranks])
     wrong_RM = wrong_RM & held_RM
-    stages: dict[str, Tensor] = getattr(run.ranks[0].layer, "stages", dict)() if case.grid.dp == 1 else {}
+    stages = told(run.ranks[0].layer)[0] if case.grid.dp == 1 else {}
     linear = linear_owners(case.spec.routing.num_experts, case.grid.ep)
     layout = Layout(case.grid, getattr(run.ranks[0].layer, "owners", linear))
     return Evidence(given, outputs, held_RM, layout, system.precision(given.spec), wrong_RM, stages)
+
+
+def handed(case: Case, run: Run) -> list[Handed]:
+    """The stages of each rank's layer with the tokens that they are of."""
+    tp = case.grid.tp
+    ranks = []
+    for rank, out in enumerate(run.ranks):
+        tensors, factors = told(out.layer)
+        own = _computed(out.rows, rank % tp, tp) if case.grid.sp > 1 else out.rows
+        ranks.append(Handed(tensors, factors, out.unit, out.rows, own))
+    return ranks
+
+
+def told(layer: Layer) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What a layer says of its last call: tensors with rows of tokens, and how often they count. What it cannot tell, even
+    why, is its own business.
+    """
+    try:
+        tensors, factors = dict(getattr(layer, "stages", dict)()), dict(getattr(layer, "stage_factors", {}))
+        plain = {str(n): t.detach() for n, t in tensors.items() if isinstance(t, Tensor) and t.dim() == 2}
+        return plain, {str(name): float(factor) for name, factor in factors.items() if float(factor) != 0.0}
+    except Exception:
+        return {}, {}
 
 
 def _computed(rows: slice, rank: int, tp: int) -> slice:

@@ -15,7 +15,8 @@ from harness.runner.modular_kernel import ALL_TO_ALL, FusedMoEKernel, make_kerne
 from harness.runner.moe_runner import MoERunner, RunnerParts
 from harness.runner.parallel import FusedMoEParallelConfig
 from harness.runner.placement import Placement, linear
-from harness.runner.plan import LayerFacts, OutputPlan
+from harness.runner.plan import LayerFacts, OutputPlan, Reduced
+from harness.runner.precision import wide
 from harness.runner.router import FusedMoERouter, Gate, SharedSlotsRouter, make_router
 from harness.runner.shared_experts import SharedExperts, SharedMLP
 from harness.runner.transforms import LatentProjection
@@ -186,8 +187,54 @@ class FusedMoE:
         return torch.cat(self.runner.forward_micro_batches(batches))
 
     def stages(self) -> dict[str, Tensor]:
-        """What the last call passed through: logits, topk_ids, topk_weights (times s if the router scales)."""
-        return {"logits": self._last_logits_ME, **self.runner.last_routing}
+        """What this rank's last call passed through, in its order; each counts `stage_factors` times the law's.
+
+        scores are made again of the logits, by the router's own function.    routed, shared: what kernel and module
+        returned, the first projected to the layer's width without the projection's bias; not where shared experts are
+        slots of the kernel.    routed_reduced, shared_reduced: the same where the plan reduces each apart.    sum: of
+        both.    reduction: what the last all-reduce made of it, if nothing after this layer reduces or gathers.
+        """
+        router, top_k = self._router, self._spec.routing.top_k
+        while hasattr(router, "inner"):
+            router = router.inner
+        told = {"logits": self._last_logits_ME}
+        if hasattr(router, "scores"):
+            told["scores"] = router.scores(self._last_logits_ME)
+        told |= {name: each_MK[:, :top_k] for name, each_MK in self.runner.last_routing.items()}
+        return told | self._passed()
+
+    def _passed(self) -> dict[str, Tensor]:
+        plan, batches, hidden = self.runner.last_plan, self.runner.last_passed, self._spec.hidden_size
+        if plan is None or not batches:
+            return {}
+        told: dict[str, Tensor] = {}
+        if not self._settings.fuse_shared_experts:
+            told["routed"] = self._in_layer(torch.cat([each.routed_MP for each in batches]))
+            if plan.routed_reduced is Reduced.EARLY:
+                told["routed_reduced"] = self._in_layer(torch.cat([each.early_routed for each in batches]))
+        shared = [each.shared_MH for each in batches if each.shared_MH is not None]
+        if shared:
+            told["shared"] = torch.cat(shared)
+            if plan.shared_reduced is Reduced.EARLY:
+                told["shared_reduced"] = torch.cat([s for each in batches if (s := each.early_shared) is not None])
+        told["sum"] = torch.cat([each.sum for each in batches])[:, :hidden]
+        if plan.routed_reduced not in (Reduced.BY_CALLER, Reduced.BY_ROWS):
+            told["reduction"] = torch.cat([each.reduced_MH for each in batches])
+        return told
+
+    def _in_layer(self, routed_MP: Tensor) -> Tensor:
+        """R without the columns of padding and, from a latent space, projected; no bias, so that partial sums stay ones."""
+        routed_ML, transform = routed_MP[:, : self._latent], self.runner.routed_output_transform
+        return routed_ML if transform is None else wide(routed_ML) @ wide(transform.weight).T
+
+    @property
+    def stage_factors(self) -> dict[str, float]:
+        """How often what `stages` hands out counts the law's own: s where it is inside already, 1/s in that unit."""
+        plan, s = self.runner.last_plan or self.plan, self._spec.scale
+        routed = s if {"router", "kernel"} & set(plan.scaled_by) else 1.0
+        told = {"topk_weights": s if "router" in plan.scaled_by else 1.0, "shared": 1.0, "shared_reduced": 1.0}
+        told |= dict.fromkeys(("routed", "routed_reduced"), routed)
+        return told | dict.fromkeys(("sum", "reduction"), plan.output_unit)
 
 
 def _must_scale(settings: LayerSettings) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,22 @@ class MoERunnerInterface(ABC):
 
     @abstractmethod
     def forward(self, hidden_states_MH: Tensor, router_logits_ME: Tensor) -> Tensor: ...
+
+
+class Passed(NamedTuple):
+    """What one micro-batch went through behind its router, by reference: nothing writes into these tensors later.
+
+    routed_MP, shared_MH: as the kernel and the module returned them.    early_routed, early_shared: behind the step that
+    reduces each apart, if the plan has one.    sum: of both, scaled and transformed.    reduced_MH: behind the last
+    all-reduce, if the plan has one.
+    """
+
+    routed_MP: Tensor
+    shared_MH: Tensor | None
+    early_routed: Tensor
+    early_shared: Tensor | None
+    sum: Tensor
+    reduced_MH: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,6 +86,12 @@ class MoERunnerBase(MoERunnerInterface):
         self.comm = comm
         self.last_plan: OutputPlan | None = None  # what the last call went by; no decision reads it
         self._told: dict[int, tuple[Tensor, Tensor]] = {}
+        self._passed: dict[int, Passed] = {}
+
+    @property
+    def last_passed(self) -> tuple[Passed, ...]:
+        """What the last call went through behind its router, one for each micro-batch."""
+        return tuple(self._passed[index] for index in sorted(self._passed))
 
     @property
     def last_routing(self) -> dict[str, Tensor]:
@@ -189,16 +211,19 @@ class MoERunner(MoERunnerBase):
         zero_MH, output = yield from self._forward_op(
             x_MP, hidden_states_MH, router_logits_ME, plan, num_tokens, micro_batch
         )
-        shared_MH, routed_ML = self._unpack(output)
+        shared_MH, routed_ML = told_shared_MH, told_MP = self._unpack(output)
         if plan.cut_before_sum:
             routed_ML = self.trunc(routed_ML, latent)
-        routed_ML = self._maybe_reduce_routed_out(routed_ML, plan)
-        shared_MH = self._maybe_reduce_shared_out(shared_MH, plan)
+        early_routed = routed_ML = self._maybe_reduce_routed_out(routed_ML, plan)
+        early_shared = shared_MH = self._maybe_reduce_shared_out(shared_MH, plan)
         shared_MH, routed_ML = self._maybe_apply_routed_scale_to_output(shared_MH, routed_ML, plan)
         result = self.apply_routed_output_transform(routed_ML, plan.output_unit)
         if shared_MH is not None:
             result = shared_MH + result
         result_MH = self.reduce_and_trunc(result, hidden, plan)
+        if micro_batch == 0:
+            self._passed.clear()
+        self._passed[micro_batch] = Passed(told_MP, told_shared_MH, early_routed, early_shared, result, result_MH)
         if zero_MH is not None:
             result_MH = (result_MH + zero_MH).to(result_MH.dtype)
         return result_MH if self.share == 1.0 else result_MH * self.share

@@ -56,8 +56,11 @@ class FusedTopKRouter:
     routing: Routing
     scales: ClassVar[bool] = False
 
+    def scores(self, router_logits_ME: Tensor) -> Tensor:
+        return _scores(router_logits_ME, self.routing)
+
     def select_experts(self, router_logits_ME: Tensor) -> tuple[Tensor, Tensor]:
-        weights_MK, ids_MK = _scores(router_logits_ME, self.routing).topk(self.routing.top_k, -1)
+        weights_MK, ids_MK = self.scores(router_logits_ME).topk(self.routing.top_k, -1)
         return _renormalize(weights_MK, self.routing), ids_MK
 
 
@@ -70,8 +73,11 @@ class FusedTopKBiasRouter:
     scale: float
     scales: ClassVar[bool] = True
 
+    def scores(self, router_logits_ME: Tensor) -> Tensor:
+        return _scores(router_logits_ME, self.routing)
+
     def select_experts(self, router_logits_ME: Tensor) -> tuple[Tensor, Tensor]:
-        scores_ME = _scores(router_logits_ME, self.routing)
+        scores_ME = self.scores(router_logits_ME)
         ids_MK = (scores_ME + self.bias_E).topk(self.routing.top_k, -1).indices
         weights_MK = scores_ME.gather(1, ids_MK)
         return _scaled(_renormalize(weights_MK, self.routing), self.scale), ids_MK
@@ -86,9 +92,12 @@ class GroupedTopKRouter:
     scale: float
     scales: ClassVar[bool] = True
 
+    def scores(self, router_logits_ME: Tensor) -> Tensor:
+        return _scores(router_logits_ME, self.routing)
+
     def select_experts(self, router_logits_ME: Tensor) -> tuple[Tensor, Tensor]:
         rule = self.routing
-        scores_ME = _scores(router_logits_ME, rule)
+        scores_ME = self.scores(router_logits_ME)
         ranked_ME = scores_ME if self.bias_E is None else scores_ME + self.bias_E
         ranked_MGE = ranked_ME.view(*ranked_ME.shape[:-1], rule.n_group, ranked_ME.shape[-1] // rule.n_group)
         best = 2 if rule.group_score == "top2" else 1

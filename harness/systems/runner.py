@@ -133,6 +133,7 @@ class Block:
         self._case, self._layer, self._comm = case, layer, comm
         self._plan: OutputPlan | None = None
         self._announced: list[tuple[str, str]] = []
+        self._rows = 0
 
     @property
     def plan(self) -> OutputPlan:
@@ -181,7 +182,10 @@ class Block:
         case, comm = self._case, self._comm
         layer: Any = self._layer
         rows, junk, batches = x_MH.shape[0], int(case.junk), int(case.batches)
+        self._rows = rows
         if case.grid.sp > 1:
+            share = -(-rows // comm.tp.size)
+            self._rows = max(0, min(share, rows - comm.tp.rank * share))
             y_MH = in_sequence_parallel(layer, comm, x_MH, **inputs)
         elif batches > 1 and isinstance(layer, FusedMoE):
             y_MH = layer.forward_micro_batches(x_MH, batches)
@@ -205,10 +209,12 @@ class Block:
         return y_MH
 
     def stages(self) -> dict[str, Tensor]:
-        """Of the tokens alone: nothing where their rows were cut up or padded."""
-        if self._case.grid.sp > 1 or self._case.junk != "0":
-            return {}
-        return self._layer.stages()
+        """Of the rows that this rank took through the layer: its share under sequence parallelism, and no junk."""
+        return {name: each[: self._rows] for name, each in self._layer.stages().items()}
+
+    @property
+    def stage_factors(self) -> dict[str, float]:
+        return self._layer.stage_factors
 
 
 class TwoBranches:
@@ -245,3 +251,7 @@ class TwoBranches:
         for name, whole in joined.items():
             whole[~self._is_vision], whole[self._is_vision] = text[name], vision[name]
         return joined
+
+    @property
+    def stage_factors(self) -> dict[str, float]:
+        return self._text.stage_factors
