@@ -119,19 +119,18 @@ def _lines(verdict: Verdict, findings: Iterable[Finding], console: Console) -> N
     groups: dict[tuple[str, ...], list[Finding]] = defaultdict(list)
     for finding in findings:
         if finding.verdict is verdict:
-            key = (finding.reference or "",) if verdict is Verdict.KNOWN else (finding.model, finding.diagnosis)
-            groups[finding.system, *key].append(finding)
+            groups[finding.system, *_cause(finding)].append(finding)
     style = _STYLE[verdict][1]
     for number, group in enumerate(groups.values()):
         if number == MAX_LINES:
             console.print(f"... and {len(groups) - MAX_LINES} more causes; all of them: add --json", style=style)
             break
-        first = group[0]
+        first = min(group, key=lambda finding: len(finding.diagnosis))  # without a doubt that another grid settles
         line = Text(f"{verdict} ", style=style)
         line.append(f"{_short(first.system)} {first.case}", style="bold")
-        count = len({finding.model for finding in group})
-        of_models = f" of {count} models" if count > 1 else ""
-        line.append(f" (first of {len(group)} cases{of_models})" if len(group) > 1 else "")
+        models_of = len({finding.model for finding in group})
+        told = f" of {models_of} models" if models_of > 1 else ""
+        line.append(f" (one of {len(group)} cases{told})" if len(group) > 1 else "")
         family = f" [{first.family}]" if first.family else ""
         at = f"at {first.stage}: " if first.stage else ""
         line.append(f": {at}{first.diagnosis}{family}")
@@ -140,6 +139,15 @@ def _lines(verdict: Verdict, findings: Iterable[Finding], console: Console) -> N
         console.print(line, soft_wrap=True)
         if verdict is Verdict.MISMATCH:
             console.print(f"    again: {first.repro}", style="dim", highlight=False, soft_wrap=True)
+
+
+def _cause(finding: Finding) -> tuple[str, ...]:
+    """What findings of one cause have in common, whatever their dtype, grid and numbers: the entry, the family, or the words."""
+    if finding.verdict is Verdict.KNOWN:
+        return (finding.reference or "",)
+    if finding.family is not None:
+        return (finding.family,)
+    return finding.model, finding.diagnosis.partition(" (labelled probe: ")[0]
 
 
 def _not_applicable(findings: Iterable[Finding], console: Console) -> None:

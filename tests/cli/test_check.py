@@ -172,6 +172,15 @@ def test_a_grid_with_unequal_shares_is_a_case_like_any_other_and_its_repro_shows
     assert list(findings(command(*arguments, "--json", "--jobs", "0").stdout)) == [wrong]
 
 
+@pytest.mark.usefixtures("layers")
+def test_one_cause_is_one_line_whatever_dtype_and_grid_show_it(command: Command):
+    done = command("check", "--system", "layers.py:wrong", "--model", "mixtral", "--tp", "2,4", "--jobs", "2")
+    mismatches = [line for line in done.stdout.splitlines() if line.startswith("mismatch")]
+    assert len(mismatches) == 1, mismatches
+    assert "(one of 26 cases)" in mismatches[0]
+    assert "y = tp*R instead of R (tp=4)" in mismatches[0], "tp=2 leaves room for a factor of 2"
+
+
 def test_a_part_of_the_main_job_is_selected_by_options_and_shown_as_a_table(command: Command):
     selected = ("--model", "dots1,olmoe", "--tp", "1,2", "--dtype", "fp32,bf16", "--tokens", "0,7")
     done = command("check", *selected, "--system", "legacy,transformers", "--jobs", "2")
@@ -180,6 +189,6 @@ def test_a_part_of_the_main_job_is_selected_by_options_and_shown_as_a_table(comm
     assert sizes.split() == ["model", "listed", "tp1", "tp2", "tp1"]
     assert dots1.split() == ["dots1", "rewritten", "2", "2k", "2", "2k", "4"]
     assert olmoe.split() == ["olmoe", "PR", "#35949", "4", "4", "4"]
-    assert any(line.startswith("known legacy dots1") and "(first of 4 cases)" in line for line in lines)
+    assert any(line.startswith("known legacy dots1") and "(one of 4 cases)" in line for line in lines)
     assert lines[-1].startswith("24 cases, 24 findings: 20 ok, 0 mismatch, 4 known; ")
     assert done.returncode == 0
