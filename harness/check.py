@@ -19,6 +19,7 @@ from harness.errors import CouldNotRun
 from harness.execution import Run, run_system
 from harness.finding import Finding, Verdict, repro_command
 from harness.hazards import hazards
+from harness.many_rows import many_rows_story
 from harness.outputs import evidence, handed, whole_output
 from harness.probe import Probe, labelled_case, probe, read
 from harness.problem import Problem, problem, ways
@@ -99,8 +100,14 @@ def judge(case: Case, system: System, given: Problem, run: Run, probed: Probe | 
         figures = compared.figures() | ({"stages": placed.read} if placed.read else {})
         return _settled(case, system, given, outputs, replace(cause, stage=placed.stage or cause.stage), figures)
     if compared.projection is not None:
-        cause = Diagnosis(compared.projection.sentence, None)
-        return _settled(case, system, given, outputs, cause, compared.figures())
+        precision = system.precision(given.spec)
+        looked = Looked(given, outputs, compared.wrong_RM, case.grid, precision, not system.foreign, many=True)
+        placed, told = first_wrong(looked, handed(case, run)), compared.projection
+        every_RM = torch.ones_like(compared.wrong_RM)
+        story = many_rows_story(evidence(case, system, given, run, outputs, every_RM))
+        stage = placed.stage if placed.stage and (told.stage == "output" or placed.is_seen) else told.stage
+        figures = compared.figures() | ({"stages": placed.read} if placed.read else {})
+        return _settled(case, system, given, outputs, Diagnosis(told.sentence, story and story.family, stage), figures)
     if compared.undecided:
         return _finding(case, system, Verdict.UNDECIDED, compared.figures(), diagnosis=compared.why)
     return _passed(case, system, given, run, compared.figures())

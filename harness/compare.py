@@ -205,18 +205,18 @@ def _is_certain(given: Problem, error_RmH: Tensor, rounding: RoundingErrors, wro
 
 
 def project_outputs(
-    given: Problem, outputs: Sequence[Tensor], ways: Ways, precision: RouterPrecision
+    given: Problem, outputs: Sequence[Tensor], ways: Ways, precision: RouterPrecision, *, for_a_name: bool = False
 ) -> Projected | None:
     """What many rows together say of outputs as `compare` takes them: each token's worst rank, near ties left out.
 
-    None in fp32 and for few tokens. `compare` asks only where no row is wrong; a diagnosis may ask elsewhere too.
+    None in fp32 and for few tokens. `compare` asks only where no row is wrong; a diagnosis asks elsewhere, for_a_name.
     """
-    if given.dtype not in DTYPES or len(outputs[0]) < FROM_TOKENS:
+    if not for_a_name and (given.dtype not in DTYPES or len(outputs[0]) < FROM_TOKENS):
         return None
     error_RMH = torch.stack(list(outputs)) - given.stages.output_MH
     worst_M = error_RMH.norm(dim=-1).argmax(0)
     error_MH = error_RMH[worst_M, torch.arange(len(worst_M))]
-    return project(given, error_MH, ~near_ties(given, precision), ways, precision)
+    return project(given, error_MH, ~near_ties(given, precision), ways, precision, for_a_name=for_a_name)
 
 
 # An error beyond this many roundings of all addends together, times the root of the longest sum, is no rounding error:

@@ -31,6 +31,7 @@ from harness.algebra import (
 )  # fmt: skip
 from harness.causes import Cause, find_causes, sizes_in, uneven_causes, uneven_shares, unexplained
 from harness.layout import Layout
+from harness.many_rows import many_rows_story
 from harness.mixtures import mixture_story
 from harness.one_rank import one_rank_story, piece_story
 from harness.other_rows import other_rows_story
@@ -93,7 +94,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         or _placed(other_rows_story(evidence))
         or _placed(visits_story(evidence, recovered))
         or _some_rows_cause(evidence, symbolic=False)
-        or _told(unknown_story(evidence))
+        or _told(many_rows_story(evidence) or unknown_story(evidence))
     )
 
 
@@ -168,7 +169,7 @@ def algebra_sentence(evidence: Evidence, readings: Mapping[int, Reading], rows_t
     lawful = lawful_reading(given)
     off = [rank for rank, reading in readings.items() if not is_lawful(reading, lawful)]
     if not off:
-        return _told(unknown_story(evidence))
+        return _told(many_rows_story(evidence) or unknown_story(evidence))
     # a rank whose own experts serve no token tells the least
     first = max((readings[rank] for rank in off), key=lambda reading: len(reading.own_only))
     alike = [rank for rank in off if readings[rank] == first]

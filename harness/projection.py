@@ -31,7 +31,7 @@ LIMIT = 6.0
 _LEFT = 4.0
 # A part that fewer tokens meet is not judged: the scatter of so few says little about their mean.
 _FEWEST = 8
-_MOST_NAMED = 8
+MOST_NAMED = 8
 # What is kept of the elements' variance, and the least deviation of a router weight in units of the roundoff.
 _CAUTION = 0.5
 _WEIGHT = 0.6
@@ -70,11 +70,22 @@ class Projected:
     found: tuple[Projection, ...]
 
     @property
+    def stage(self) -> str:
+        """The first stage at which these parts can have gone wrong: R before S, and both before what is made of them."""
+        parts = {each.part for each in self.found}
+        return "routed" if parts & {"expert", "routed"} else "shared" if "shared" in parts else "output"
+
+    @property
+    def family(self) -> str | None:
+        """Experts that count otherwise than their weight says are one; a part as a whole has no cause that is known."""
+        return "F7" if {each.part for each in self.found} == {"expert"} else None
+
+    @property
     def sentence(self) -> str:
         """'expert 3 counts 1.010 times (expected 1): over its 34 tokens together its factor is 24 deviations off'."""
         told = [f"{each.name} counts {each.factor:.3f} times" for each in self.found]
         first = self.found[0]
-        more = " at least" if len(self.found) == _MOST_NAMED else ""
+        more = " at least" if len(self.found) == MOST_NAMED else ""
         return (
             f"{', '.join(told)}{more} (expected 1), all others once: no token alone is beyond rounding, but over "
             f"{first.tokens} tokens together {'the first of these factors' if len(told) > 1 else 'this factor'} is "
@@ -102,14 +113,22 @@ class _Directions:
 
 
 def project(
-    given: Problem, error_MH: Tensor, rows_M: Tensor, ways: Ways, precision: RouterPrecision
+    given: Problem,
+    error_MH: Tensor,
+    rows_M: Tensor,
+    ways: Ways,
+    precision: RouterPrecision,
+    *,
+    for_a_name: bool = False,
 ) -> Projected | None:
     """Find parts that count too often or too seldom. None where nothing can be told: another dtype, or too few tokens.
 
     error_MH: float64, the output less the law's.    rows_M: bool, the rows to read, those whose choice of experts
-    rounding may change being left out.
+    rounding may change being left out.    for_a_name: the output is wrong, and whoever asks holds what is found to the
+    rows: then any dtype and a few tokens will do.
     """
-    if given.dtype not in DTYPES or len(error_MH) < FROM_TOKENS or int(rows_M.sum()) < FROM_TOKENS // 2:
+    few = given.dtype not in DTYPES or len(error_MH) < FROM_TOKENS or int(rows_M.sum()) < FROM_TOKENS // 2
+    if few and not (for_a_name and int(rows_M.sum()) >= _FEWEST):
         return None
     along = _directions(given, ways, precision)
     left_MH = torch.where(rows_M[:, None], error_MH / along.sd_MH, 0.0)
@@ -125,10 +144,37 @@ def project(
     return Projected(abs(found.sigma), (found,))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Taken:
+    """What parts add beyond their one time, and what says whether that was all.
+
+    away_MH: float64, (factor - 1) times each part, in units of y.    sd_MH: the deviation of each element.
+    met_M: bool, the tokens that meet one of the parts.
+    """
+
+    away_MH: Tensor
+    sd_MH: Tensor
+    met_M: Tensor
+
+
+def taken(given: Problem, found: Sequence[Projection], ways: Ways, precision: RouterPrecision) -> Taken:
+    """What the parts that were found make of the output."""
+    along = _directions(given, ways, precision)
+    none_MH, every_M = torch.zeros_like(along.sd_MH), torch.ones(len(along.sd_MH), dtype=torch.bool)
+    left_MH, met_M = none_MH, torch.zeros_like(every_M)
+    for part in found:
+        number = next(p for p, each in enumerate(along.parts_P) if _same(each, part))
+        left_MH = _without(along, left_MH, every_M, number, part)
+        slots_T = along.part_T == number
+        met_M[along.token_T[slots_T]] = True
+        met_M |= part.part != "expert"
+    return Taken(-left_MH * along.sd_MH, along.sd_MH, met_M)
+
+
 def _one_by_one(along: _Directions, left_MH: Tensor, rows_M: Tensor) -> tuple[Projection, ...]:
     """The parts that are off when each one's factor is taken out before the next is looked for."""
     found: list[Projection] = []
-    while len(found) < _MOST_NAMED:
+    while len(found) < MOST_NAMED:
         measured = [m for m in _measured(along, left_MH, rows_M) if m[1].part in ("expert", "shared")]
         best = _strongest(measured)
         limit = _LEFT if found else LIMIT

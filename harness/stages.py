@@ -56,13 +56,19 @@ class Placed:
     stage: str | None
     read: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def is_seen(self) -> bool:
+        """Whether one that is handed out is wrong itself, and not by elimination."""
+        return "wrong" in self.read.values()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Looked:
     """What is wrong, and by whom it was judged.
 
     outputs: [M, H] of each rank, as `compare` takes them.    wrong_RM: bool.    exact: its router rounds where the page
-    says; who writes a layer outside may round its logits, scores and weights to the dtype.
+    says; who writes a layer outside may round its logits, scores and weights to the dtype.    many: what only many rows
+    together show is wrong too.
     """
 
     given: Problem
@@ -71,6 +77,7 @@ class Looked:
     grid: Grid
     precision: RouterPrecision
     exact: bool
+    many: bool = False
 
 
 # By form, what each rank's tensor, or its group's sum, is in units of y: [M, H], the law's rows where it has none.
@@ -323,7 +330,8 @@ def _groups(grid: Grid, rows: Sequence[slice]) -> list[list[int]]:
 def _wrong(given: Problem, looked: Looked, outputs: Sequence[Tensor]) -> bool:
     if _far_off(given, looked, outputs):
         return True
-    return compare(given, outputs, ways(looked.given.spec, looked.grid), looked.precision).wrong
+    compared = compare(given, outputs, ways(looked.given.spec, looked.grid), looked.precision)
+    return compared.wrong or (looked.many and compared.projection is not None)
 
 
 def _far_off(given: Problem, looked: Looked, outputs: Sequence[Tensor]) -> bool:

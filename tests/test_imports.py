@@ -64,6 +64,7 @@ TABLE = [
     ("harness.one_rank", "", None),
     ("harness.wrong_law", "", None),
     ("harness.visits", "", None),
+    ("harness.many_rows", "", None),
     ("harness.unknown", "", None),
     ("harness.causes", "", None),
     ("harness.diagnose", "", None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 
 from harness import models
 from harness.case import Case, Grid, parse
-from harness.check import whole_output
+from harness.check import check, judge, whole_output
 from harness.compare import Comparison, compare, near_ties, project_outputs
 from harness.execution import run_system
+from harness.faults import plant
+from harness.faults.fault import Fault, FaultyRunner
+from harness.finding import Finding, Verdict
 from harness.problem import Problem, Ways, problem, ways
 from harness.projection import LIMIT, Projected, project
 from harness.systems import resolve
@@ -202,3 +206,141 @@ def test_zero_error_everywhere_is_no_finding() -> None:
     assert told is not None
     assert told.found == ()
     assert told.largest == 0.0
+
+
+# ---- a name where rows are wrong, and none where the factor is not all
+
+
+def _found(case: Case, **hooks) -> Finding:
+    fault = Fault(name="planted", family="-", computes="", references=(), case=str(case), words="", **hooks)
+    finding = check(case, FaultyRunner(fault), alone=True)
+    assert finding.verdict is Verdict.MISMATCH
+    return finding
+
+
+def _counting(expert: int, factor: float) -> plant.Plant:
+    """On grids where every rank has a piece of all experts."""
+    return plant.experts(
+        lambda inner, right: (
+            lambda x, w_NK, ids_NK: right(x, torch.where(ids_NK == expert, w_NK * factor, w_NK), ids_NK)
+        )
+    )
+
+
+def _weights(name: str, change: Callable[[Tensor], None], expert: int) -> Callable[..., dict[str, Tensor]]:
+    def changed(spec, given, comm):
+        stored = given[name].clone()
+        change(stored[expert])
+        return {**given, name: stored}
+
+    return changed
+
+
+def _rows(start: float, stop: float, factor: float) -> Callable[[Tensor], None]:
+    def change(matrix: Tensor) -> None:
+        matrix[int(start * len(matrix)) : int(stop * len(matrix))] *= factor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("case", "factor"),
+    [
+        ("deepseek_v3@fp16.tokens33.seed11", 1.01),
+        ("deepseek_v3@fp16.tokens200.seed11", 1.01),
+        ("nemotron_h@fp16.tokens33.seed11", 0.97),
+        ("deepseek_v3@tp4.bf16.tokens33.seed11", 1.05),
+        ("mixtral@tp4.bf16.tokens200.seed11", 0.97),
+        ("qwen3_next@tp2.bf16.tokens200.seed11", 1.05),
+    ],
+)
+def test_an_expert_whose_rows_are_wrong_by_a_few_per_cent_is_named_with_its_factor(case: str, factor: float) -> None:
+    expert = _most_used(parse(case))
+    finding = _found(parse(case), layer=_counting(expert, factor))
+    assert finding.diagnosis.startswith(f"expert {expert} counts {factor:.2f}"[:-1]), finding.diagnosis
+    assert "without it rounding is left" in finding.diagnosis
+    assert (finding.family, finding.stage) == ("F7", "routed")
+
+
+NOT_A_FACTOR = {
+    "gate": ("w13", _rows(0, 0.5, 1.03)),
+    "half of the columns": ("w2", _rows(0, 0.5, 1.05)),
+    "two columns": ("w2", _rows(0, 0.04, 0.0)),
+}
+
+
+@pytest.mark.parametrize("case", ["mixtral@fp16.tokens200.seed11", "deepseek_v3@tp4.bf16.tokens200.seed11"])
+@pytest.mark.parametrize("what", NOT_A_FACTOR)
+def test_an_expert_that_is_wrong_in_another_way_than_by_a_factor_is_not_said_to_count_wrongly(
+    what: str, case: str
+) -> None:
+    (name, change), expert = NOT_A_FACTOR[what], _most_used(parse(case))
+    finding = _found(parse(case), weights=_weights(name, change, expert))
+    assert "counts 1.0" not in finding.diagnosis
+    assert "counts 0.9" not in finding.diagnosis
+    assert finding.family is None
+    assert finding.stage == "routed"
+
+
+def test_an_expert_that_counts_wrongly_in_every_second_token_is_not_given_one_factor() -> None:
+    case = parse("mixtral@tp2.bf16.tokens200.seed11")
+    expert = _most_used(case)
+
+    def sometimes(inner, right):
+        def apply(x, w_NK, ids_NK):
+            factor_N1 = torch.where(torch.arange(len(x)) % 2 == 0, 1.1, 1.0)[:, None]
+            return right(x, torch.where(ids_NK == expert, w_NK * factor_N1, w_NK), ids_NK)
+
+        return apply
+
+    finding = _found(case, layer=plant.experts(sometimes))
+    assert finding.family is None
+    assert "rounding is left" not in finding.diagnosis
+
+
+# ---- what a projection alone finds: family and stage
+
+
+@pytest.mark.parametrize(
+    ("part", "stage", "family"), [("expert", "routed", "F7"), ("shared", "shared", None), ("routed", "routed", None)]
+)
+def test_a_part_that_only_many_rows_show_has_its_stage_and_an_expert_its_family(
+    part: str, stage: str, family: str | None
+) -> None:
+    case = parse("deepseek_v3@bf16.tokens200.seed3")
+    factor = {"expert": 1.01, "shared": 1.004, "routed": 1.005}[part]
+    system, given = _faulty(part, factor, _most_used(case)), problem(case)
+    finding = judge(case, system, given, run_system(case, system, given))
+    assert finding.verdict is Verdict.MISMATCH
+    assert "no token alone is beyond rounding" in finding.diagnosis
+    assert (finding.stage, finding.family) == (stage, family)
+
+
+def test_the_stages_of_the_layer_tell_an_expert_from_its_router_weight() -> None:
+    case = parse("deepseek_v3@tp2.bf16.tokens200.seed11")
+    expert = _most_used(case)
+    weighed = plant.rerouted(lambda w_MK, ids_MK: (torch.where(ids_MK == expert, w_MK * 1.01, w_MK), ids_MK))
+    for layer, stage in ((weighed, "topk_weights"), (_counting(expert, 1.01), "routed")):
+        finding = _found(case, layer=layer)
+        assert "no token alone is beyond rounding" in finding.diagnosis
+        assert (finding.stage, finding.family) == (stage, "F7")
+
+
+@pytest.mark.parametrize(
+    ("stage", "layer"),
+    [
+        ("sum", plant.scaling(lambda S, R, s, plan: (S, R * 1.006))),
+        ("output", plant.answering(lambda y, x, layer, comm: y * 0.994)),
+    ],
+)
+def test_the_stages_of_the_layer_tell_a_part_from_what_is_made_of_it(stage: str, layer: plant.Plant) -> None:
+    finding = _found(parse("deepseek_v3@tp4.bf16.tokens200.seed11"), layer=layer)
+    assert "no token alone is beyond rounding" in finding.diagnosis
+    assert (finding.stage, finding.family) == (stage, None)
+
+
+def test_a_factor_that_is_not_the_whole_story_gives_no_family() -> None:
+    case = parse("deepseek_v3@tp4.bf16.tokens200.seed11")
+    finding = _found(case, weights=_weights("w2", _rows(0, 0.5, 1.02), _most_used(case)))
+    assert "no token alone is beyond rounding" in finding.diagnosis
+    assert (finding.stage, finding.family) == ("routed", None)
