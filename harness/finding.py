@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 
@@ -20,7 +20,8 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """stage: where it first shows: "logits", "topk_ids", "topk_weights", "output", "collectives", "call", or None.
+    """stage: where it first shows: "logits", "topk_ids", "topk_weights", "routed", "shared", "sum", "reduction", "output";
+    or "collectives", "call", "calls" (of many); or None.
 
     family: of the fault, as in docs/faults.md ("A1").    figures: what the verdict rests on.
     reference: where a known fault is described.    repro: the command that shows this finding again.
@@ -38,7 +39,7 @@ class Finding:
     repro: str = ""
 
     def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+        return {each.name: getattr(self, each.name) for each in fields(self)}  # shallow: asdict copies every figure
 
 
 def repro_command(case: object, system: str) -> str:
