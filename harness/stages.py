@@ -59,7 +59,7 @@ class Placed:
     @property
     def is_seen(self) -> bool:
         """Whether one that is handed out is wrong itself, and not by elimination."""
-        return "wrong" in self.read.values()
+        return any(how.startswith("wrong") for how in self.read.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,6 +94,8 @@ def first_wrong(looked: Looked, ranks: Sequence[Handed]) -> Placed:
     apart = _apart(ranks)
     for name, right in _ROUTING.items():
         told = [each for rank in apart if (each := _routing_of(looked.given, rank, name)) is not None]
+        if name == "topk_ids" and any(_other_number(looked, rank) for rank in apart):
+            return Placed(name, read | {name: "wrong, another number of experts"})
         if told:
             wrong = [not right(looked, rank, rows, found) for rank, rows, found in told]
             read[name] = "wrong" if any(wrong) else "right"
@@ -137,6 +139,14 @@ def _routing_of(given: Problem, rank: Handed, name: str) -> tuple[Handed, slice,
     found, law = rank.tensors.get(name), _law_of(given, name)
     rows = None if found is None or found.shape[1:] != law.shape[1:] else _rows(given, rank, found)
     return None if found is None or rows is None else (rank, rows, found)
+
+
+def _other_number(looked: Looked, rank: Handed) -> bool:
+    """Whether a token has more or fewer experts. Layers from outside may append slots of shared experts to them."""
+    found, law_MK = rank.tensors.get("topk_ids"), looked.given.stages.topk_ids_MK
+    if found is None or _rows(looked.given, rank, found) is None or not looked.exact:
+        return False
+    return found.shape[1] != law_MK.shape[1]
 
 
 def _law_of(given: Problem, name: str) -> Tensor:

@@ -141,6 +141,7 @@ PLANTED: list[tuple[str, str, dict[str, object]]] = [
     ("logits", "bias of one expert", {"layer": plant.logits(lambda z: z + torch.eye(z.shape[1])[2])}),
     ("scores", "softmax for sigmoid", {"spec": routing_rule(scoring_func="softmax")}),
     ("topk_ids", "the next expert", {"layer": plant.rerouted(lambda w, ids: (w, (ids + 1) % 8))}),
+    ("topk_ids", "an expert too many", {"spec": routing_rule(top_k=5)}),
     ("topk_weights", "five per cent", {"layer": plant.rerouted(lambda w, ids: (w * 1.05, ids))}),
     ("topk_weights", "paired wrongly", {"layer": plant.rerouted(lambda w, ids: (w.roll(1, 1), ids))}),
     ("topk_weights", "on one rank", {"layer": _on_the_last_rank(plant.rerouted(lambda w, ids: (w * 1.5, ids)))}),
