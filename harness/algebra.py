@@ -115,7 +115,7 @@ def symbol_values(scale: float, sizes: Mapping[str, int]) -> dict[str, float]:
     sizes: of the grid, by name (`Layout.sizes`).
     """
     distinct: dict[str, float] = {}
-    for name, value in _named_factors(scale, sizes).items():
+    for name, value in named_factors(scale, sizes).items():
         if all(not _same_number(value, other) for other in distinct.values()):
             distinct[name] = value
     return distinct
@@ -123,7 +123,7 @@ def symbol_values(scale: float, sizes: Mapping[str, int]) -> dict[str, float]:
 
 def other_names(symbol: str, scale: float, sizes: Mapping[str, int]) -> list[str]:
     """Factors that are the same number by accident: at s = 16 and tp = 4, s/tp is tp."""
-    named = _named_factors(scale, sizes)
+    named = named_factors(scale, sizes)
     if symbol not in named or symbol == "0":
         return []
     return [name for name, value in named.items() if name != symbol and _same_number(value, named[symbol])]
@@ -133,7 +133,8 @@ def _same_number(value: float, other: float) -> bool:
     return math.isclose(value, other, rel_tol=1e-9, abs_tol=1e-12)
 
 
-def _named_factors(scale: float, sizes: Mapping[str, int]) -> dict[str, float]:
+def named_factors(scale: float, sizes: Mapping[str, int]) -> dict[str, float]:
+    """All of them, those too that are one number by accident."""
     named = {"1": 1.0, "0": 0.0}
     if scale != 1.0:
         named |= {"s": scale, "s^2": scale**2, "1/s": 1 / scale, "s^3": scale**3}
@@ -216,7 +217,7 @@ def idle_ranks(evidence: Evidence) -> int:
 
 def explained_by(evidence: Evidence, symbols: Mapping[str, str]) -> bool:
     """Whether whole parts with these factors are what every rank returned, within the residual that a fit may leave."""
-    given, named = evidence.given, _named_factors(evidence.given.spec.scale, evidence.layout.sizes)
+    given, named = evidence.given, named_factors(evidence.given.spec.scale, evidence.layout.sizes)
     addends = [named[symbols[part.name]] * part.value_MH for part in parts(given) if symbols.get(part.name) in named]
     if len(addends) < len(parts(given)):
         return False

@@ -21,7 +21,7 @@ from harness.finding import Finding, Verdict, repro_command
 from harness.hazards import hazards
 from harness.many_rows import many_rows_story
 from harness.outputs import evidence, handed, whole_output
-from harness.probe import Probe, labelled_case, probe, read
+from harness.probe import Probe, labelled_case, probe, read, told_on_two_grids
 from harness.problem import Problem, problem, ways
 from harness.stages import Looked, first_wrong
 from harness.systems import System
@@ -95,6 +95,7 @@ def judge(case: Case, system: System, given: Problem, run: Run, probed: Probe | 
             outputs = [torch.where(judged_RM1[r], y, given.stages.output_MH) for r, y in enumerate(outputs)]
         seen = evidence(case, system, given, run, outputs, compared.wrong_RM)
         cause = _with_coefficients(diagnose(seen), seen, probed, case)
+        cause = cause if probed is None else told_on_two_grids(cause, seen, case, system)
         looked = Looked(given, outputs, seen.wrong_RM, case.grid, seen.precision, not system.foreign)
         placed = first_wrong(looked, handed(case, run))
         figures = compared.figures() | ({"stages": placed.read} if placed.read else {})

@@ -33,11 +33,11 @@ from harness.causes import Cause, find_causes, sizes_in, uneven_causes, uneven_s
 from harness.layout import Layout
 from harness.many_rows import many_rows_story
 from harness.mixtures import mixture_story
-from harness.one_rank import one_rank_story, piece_story
+from harness.one_rank import one_expert_story, one_rank_story, piece_story
 from harness.other_rows import other_rows_story
 from harness.parts import LETTERS
 from harness.problem import Problem
-from harness.recover import Story, numbers_text, recover, rows_story
+from harness.recover import Story, numbers_text, recover, rows_story, suspects
 from harness.unknown import unknown_story, zero_ranks
 from harness.visits import expert_story, visits_story
 from harness.wrong_law import wrong_law_story
@@ -92,6 +92,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         or _placed(piece_story(evidence))
         or _placed(expert_story(evidence))
         or _placed(other_rows_story(evidence))
+        or _placed(one_expert_story(evidence))
         or _placed(visits_story(evidence, recovered))
         or _some_rows_cause(evidence, symbolic=False)
         or _told(many_rows_story(evidence) or unknown_story(evidence))
@@ -207,12 +208,23 @@ def algebra_sentence(evidence: Evidence, readings: Mapping[int, Reading], rows_t
         families, why = {"G9"}, "those tokens are served twice"
     elif some_tokens and formula(first) != "0" and first.symbols == _without_routed(lawful.symbols):
         families, why = {"G9"}, "none of their experts serves those tokens"
+    visited = suspects(given.stages.topk_ids_MK, evidence.wrong_RM.any(0)) if some_tokens and _one_choice(given) else []
+    if visited:
+        families, why = (
+            set(),
+            f"{why}; or they are exactly the tokens that visit expert {' or '.join(map(str, visited))}",
+        )
     if causes and causes[0].symbols == {"routed": "0"} and all(serves_nobody(evidence, rank) for rank in alike):
         families, why = set(), f"{why}; or it is never summed over ranks: no token here has an expert of its own rank"
     even = everywhere and not first.own_only and not first.uneven and not rows_text
     sentence = f"y = {formula(first)} instead of {formula(lawful)}{where}{rows_text} ({s_text}{layout.text}): {why}"
     family = families.pop() if len(families) == 1 else None
     return Diagnosis(sentence, family, "output", dict(first.symbols) if even else {})
+
+
+def _one_choice(given: Problem) -> bool:
+    """Each token has one expert, so that a factor of R in some tokens may be an expert's."""
+    return given.spec.routing.top_k == 1
 
 
 def _other_readings(reading: Reading, given: Problem, layout: Layout) -> list[tuple[Reading, list[Cause]]]:
@@ -279,7 +291,12 @@ def _some_rows_cause(evidence: Evidence, *, symbolic: bool) -> Diagnosis | None:
     if not bool(rows_RM[off].any(1).all()) or not bool(right_RM[off].any(1).all()):
         return None
     readings = {
-        rank: read_whole(evidence, rank, rows_RM[rank]) if rank in off else lawful_reading(evidence.given)
+        rank: (
+            read_whole(evidence, rank, rows_RM[rank])
+            or (read_shares(evidence, rank, rows_RM[rank]) if symbolic else None)
+            if rank in off
+            else lawful_reading(evidence.given)
+        )
         for rank in range(len(evidence.outputs))
     }
     told = {rank: reading for rank, reading in readings.items() if reading is not None}

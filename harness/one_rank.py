@@ -1,4 +1,4 @@
-"""A wrong rule that some ranks follow alone: the experts of one rank were loaded or computed otherwise than the others'.
+"""A wrong rule that some ranks, or some experts, follow alone: they were loaded or computed otherwise than the others.
 
 Each wrong law of the routed experts is computed once for every rank's share of them; the output then tells in whose
 shares it shows.
@@ -6,13 +6,19 @@ shares it shows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from harness.algebra import RESIDUAL_LIMIT, Evidence
-from harness.parts import piece_of, share_of
+from harness.parts import of_experts, piece_of, share_of
+from harness.problem import Problem
 from harness.recover import Story, suspects
-from harness.variants import variants
+from harness.variants import Variant, variants
+from reference.moe import Choice, Stages, forward
 from reference.spec import SpecError
 
 
@@ -45,6 +51,78 @@ def _in_shares(evidence: Evidence, part: str, rows: Tensor) -> Story | None:
         if shares is not None:
             return Story(variant.family, part, f"{sentence}, on {layout.holders(part, shares)} alone")
     return None
+
+
+def one_expert_story(evidence: Evidence) -> Story | None:
+    """A wrong law that one or two experts follow alone, those that all wrong tokens visit and no right one does."""
+    given, wrong_M = evidence.given, evidence.wrong_RM.any(0)
+    rows = (evidence.decided_M & wrong_M).nonzero()[:, 0]
+    experts = suspects(given.stages.topk_ids_MK, wrong_M)
+    if not experts or len(rows) < 2 or given.spec.vision is not None or not evidence.ranks_agree:
+        return None
+    alone = of_experts(given, experts)
+    target_mH = (evidence.assembled_MH - given.stages.output_MH)[rows]
+    limit_m = RESIDUAL_LIMIT * (evidence.naive_M + evidence.naive_M.mean())[rows]
+    fits: dict[tuple[str, str], float] = {}
+    laws = [v for v in variants(alone, None, 1) if v.stage == "routed"]
+    for variant in (*laws, *_with_those_of_another(given, alone, experts)):
+        try:
+            change_mH = (variant.compute().output_MH - alone.stages.output_MH)[rows]
+        except SpecError:
+            continue  # this layer cannot get that rule wrong
+        left_m = (target_mH - change_mH).norm(dim=-1)
+        if bool((left_m <= limit_m).all()):
+            fits[variant.family, variant.sentence] = float(left_m.square().sum())
+    if not fits:
+        return _products_counted(evidence, experts, target_mH, rows, limit_m)
+    best = [key for key, left in fits.items() if left <= 4 * min(fits.values())]
+    families, numbers = {family for family, _ in best}, " and ".join(map(str, experts))
+    told = "; or ".join(sentence for _, sentence in best[:3])
+    family = families.pop() if len(families) == 1 else None
+    where = "" if told.startswith("expert ") else f", in expert{'s' if len(experts) > 1 else ''} {numbers} alone"
+    return Story(family, "routed", f"{told}{where}")
+
+
+def _products_counted(
+    evidence: Evidence, experts: list[int], target_mH: Tensor, rows: Tensor, limit_m: Tensor
+) -> Story | None:
+    """Experts with a second bias, of which the product counts otherwise than once and the bias as it should."""
+    if not evidence.given.spec.experts.bias:
+        return None
+    without = {"b2": torch.zeros_like(evidence.given.exact["b2"])}
+    no_bias = replace(evidence.given, exact=evidence.given.exact | without)
+    products = [of_experts(no_bias, [e]).stages.output_MH[rows] for e in experts]
+    matrix = torch.stack([product.flatten() for product in products], 1)
+    factors = torch.linalg.lstsq(matrix, target_mH.flatten()[:, None], driver="gelsd").solution[:, 0]
+    left_m = (target_mH.flatten() - matrix @ factors).view_as(target_mH).norm(dim=-1)
+    off = [(e, float(factor)) for e, factor in zip(experts, factors, strict=True) if abs(float(factor)) > 0.02]
+    if not bool((left_m <= limit_m).all()) or not off:
+        return None
+    told = ", ".join(f"the w2 of expert {e} counts {_counted(factor)}" for e, factor in off)
+    return Story("F7", "routed", f"{told} (expected 1), all others and the biases are right")
+
+
+def _with_those_of_another(given: Problem, alone: Problem, experts: list[int]) -> Iterator[Variant]:
+    """One expert with matrices of another."""
+    if len(experts) > 1:
+        return
+    e, biases = experts[0], given.spec.experts.bias
+    for names in (("w13",), ("w2",), ("w13", "w2")):
+        moved = {*names, *(name.replace("w", "b") for name in names if biases)}
+        for f in range(given.spec.routing.num_experts):
+            if f != e:
+                told = f"expert {e} has the {' and '.join(names)} of expert {f}"
+                yield Variant("F7", "routed", told, partial(_moved, given, alone, moved, e, f))
+
+
+def _moved(given: Problem, alone: Problem, names: set[str], e: int, f: int) -> Stages:
+    weights = dict(alone.exact)
+    for name in names & weights.keys():
+        weights[name] = weights[name].clone()
+        weights[name][e] = given.exact[name][f]
+    stages = alone.stages
+    choice = Choice(stages.topk_ids_MK, stages.topk_weights_MK, stages.margin_M)
+    return forward(given.spec, weights, given.tokens.hidden_states, choice=choice)
 
 
 def piece_story(evidence: Evidence) -> Story | None:

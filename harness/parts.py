@@ -112,6 +112,12 @@ def share_of(given: Problem, layout: Layout, part: str, share: int) -> Problem:
     return replace(given, exact=exact, stages=_forward(given, exact))
 
 
+def of_experts(given: Problem, experts: Sequence[int]) -> Problem:
+    """The same layer with nothing but these experts; every token keeps its lawful ones."""
+    exact = _Weights(given.spec, given.exact).keep_experts(experts).without("fc2_latent_bias", "shared_w2", "shared_b2")
+    return replace(given, exact=exact, stages=_forward(given, exact))
+
+
 def piece_of(given: Problem, layout: Layout, expert: int, piece: int) -> Tensor:
     """What one piece of one expert adds to y, [M, H], s and the output's share included."""
     kept = _Weights(given.spec, given.exact).keep_columns(piece, layout.grid.moe_tp, "w2").keep_experts((expert,))

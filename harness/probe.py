@@ -18,12 +18,13 @@ from torch import Tensor
 from harness.algebra import Evidence
 from harness.case import Case
 from harness.coefficients import read_coefficients, sources
-from harness.diagnose import algebra_sentence
+from harness.diagnose import Diagnosis, algebra_sentence
 from harness.errors import CouldNotRun
 from harness.execution import Run, run_system
 from harness.outputs import evidence, whole_output
 from harness.problem import Problem, Ways, problem, ways
 from harness.recover import numbers_text
+from harness.second_grid import Asked, told_apart
 from harness.systems import System
 from reference.rounding import analyse
 from reference.spec import RouterPrecision
@@ -71,8 +72,16 @@ def probe(labelled: Case, system: System) -> Probe:
     return run_probe(labelled, system)
 
 
-def run_probe(labelled: Case, system: System) -> Probe:
-    """Run and read a labelled case; "not-run" where the system has no such layer or cannot build it."""
+@functools.lru_cache(maxsize=4096)
+def _of_one_grid(labelled: Case, system: System) -> Probe:
+    return run_probe(labelled, system, on_two_grids=False)
+
+
+def run_probe(labelled: Case, system: System, *, on_two_grids: bool = True) -> Probe:
+    """Run and read a labelled case; "not-run" where the system has no such layer or cannot build it.
+
+    on_two_grids: whether factors that may be one of several sizes are asked for on another grid.
+    """
     try:
         reason = system.supports(labelled)
         if reason is not None:
@@ -83,20 +92,25 @@ def run_probe(labelled: Case, system: System) -> Probe:
         return Probe("not-run", str(error))
     if run.broken is not None:
         return Probe("not-run", run.broken[1])
-    return read(labelled, system, given, run)
+    return read(labelled, system, given, run, on_two_grids=on_two_grids)
 
 
-def read(case: Case, system: System, given: Problem, run: Run) -> Probe:
+def read(case: Case, system: System, given: Problem, run: Run, *, on_two_grids: bool = True) -> Probe:
     """Read the coefficients of a labelled run on every rank, and say what is wrong with them."""
     outputs = [whole_output(out, given) for out in run.ranks]
     due, off_RMH = _due(given), torch.stack(outputs).sub_(given.stages.output_MH).abs_()
     worst = float((off_RMH / due.u_MH).amax())
-    count, silent = due.count * len(outputs), _not_exercised(given)
+    count, silent = due.total * len(outputs), _not_exercised(given)
     if not worst <= LIMIT:  # the negation also catches NaN
         beyond_RMH = ~(off_RMH <= LIMIT * due.u_MH)
         beyond_RMH &= ~(off_RMH <= _bound(given, ways(given.spec, case.grid), system.precision(given.spec)))
         if bool(beyond_RMH.any()):
-            return _wrong(evidence(case, system, given, run, outputs, beyond_RMH.any(-1)), beyond_RMH, count, silent)
+            seen = evidence(case, system, given, run, outputs, beyond_RMH.any(-1))
+            found, cause = _wrong(seen, beyond_RMH, count, silent)
+            if cause is None or not on_two_grids:
+                return found
+            sure = told_on_two_grids(cause, seen, case, system)
+            return replace(found, sentence=sure.sentence, family=sure.family, symbols=dict(sure.coefficients))
     same = [out == _rounded(given, r.unit) for out, r in zip(outputs, run.ranks, strict=True)]
     exact = int((torch.stack(same) & due.where_MH).sum())
     rest = "" if exact == count else f", the others within {worst:.1f} u"
@@ -106,10 +120,10 @@ def read(case: Case, system: System, given: Problem, run: Run) -> Probe:
 
 
 class _Due(NamedTuple):
-    """where_MH: bool, the coefficients that are not 0.    count: how many.    u_MH: the u of each, next to nothing for a 0."""
+    """where_MH: bool, the coefficients that are not 0.    total: how many.    u_MH: the u of each, next to nothing for a 0."""
 
     where_MH: Tensor
-    count: int
+    total: int
     u_MH: Tensor
 
 
@@ -148,8 +162,18 @@ def _not_exercised(given: Problem) -> tuple[str, ...]:
     return tuple(silent)
 
 
-def _wrong(seen: Evidence, beyond_RMH: Tensor, count: int, silent: tuple[str, ...]) -> Probe:
-    """By the factors of whole parts where they explain all of it, else source by source."""
+def told_on_two_grids(cause: Diagnosis, seen: Evidence, case: Case, system: System) -> Diagnosis:
+    """A cause whose factor may be one of several sizes, with what the probe reads on another grid."""
+
+    def ask(other: Case) -> Asked:
+        found = _of_one_grid(labelled_case(other), system)
+        return found.verdict, found.symbols
+
+    return told_apart(cause, seen, case, ask)
+
+
+def _wrong(seen: Evidence, beyond_RMH: Tensor, count: int, silent: tuple[str, ...]) -> tuple[Probe, Diagnosis | None]:
+    """By the factors of whole parts where they explain all of it, with their cause, else source by source."""
     held = [rank for rank in range(len(seen.outputs)) if bool(seen.held_RM[rank].any())]
     readings = {rank: reading for rank in held if (reading := read_coefficients(seen, rank)) is not None}
     if len(readings) == len(held) and all(reading.is_symbolic for reading in readings.values()):
@@ -157,5 +181,10 @@ def _wrong(seen: Evidence, beyond_RMH: Tensor, count: int, silent: tuple[str, ..
         lost = "0" in (cause.coefficients.get("routed"), cause.coefficients.get("shared"))
         # a part that is gone may be what an input without tokens gives, as in a buffer that was overwritten
         cause = replace(cause, family=None) if lost else cause
-        return Probe("wrong", cause.sentence, cause.family, count, 0, torch.inf, silent, dict(cause.coefficients))
-    return Probe("wrong", sources(seen, beyond_RMH), None, count, 0, torch.inf, silent)
+        symbols = dict(cause.coefficients)
+        return Probe("wrong", cause.sentence, cause.family, count, 0, torch.inf, silent, symbols), cause
+    found = Probe("wrong", sources(seen, beyond_RMH), None, count, 0, torch.inf, silent)
+    first = next(iter(readings.values()), None)
+    if first is None or len(readings) < len(held) or any(reading != first for reading in readings.values()):
+        return found, None
+    return (found if first.own_only or first.uneven else replace(found, symbols=dict(first.symbols))), None

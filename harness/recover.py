@@ -102,7 +102,7 @@ def routing_story(evidence: Evidence, recovered: Recovered) -> Story | None:
     law_ME = torch.zeros_like(recovered.weights_ME).scatter(1, stages.topk_ids_MK, stages.topk_weights_MK)
     found_ME = recovered.weights_ME[rows]
     near_M1 = _WEIGHT[given.dtype] * torch.maximum(law_ME[rows], found_ME.abs()).amax(-1, keepdim=True).clamp(min=1e-30)
-    moved = describe_moves(_sources(found_ME, law_ME, 2 * near_M1[:, 0]), "is routed as", rows)
+    moved = describe_moves(_sources(found_ME, law_ME, 2 * near_M1[:, 0], rows, alike=False), "is routed as", rows)
     if moved is not None:
         return Story("H2", "topk_ids", f"tokens are routed as other tokens: {moved}")
     if bool(((law_ME[rows] - found_ME).abs() <= near_M1).all()):
@@ -120,7 +120,7 @@ def routing_story(evidence: Evidence, recovered: Recovered) -> Story | None:
     ordered_MK = recovered.weights_ME.gather(1, stages.topk_ids_MK)
     none_else = ((found_ME.abs() > near_M1).sum(-1) <= stages.topk_ids_MK.shape[1]).all()
     moved = describe_moves(
-        _sources(ordered_MK[rows], stages.topk_weights_MK, 2 * near_M1[:, 0]), "takes those of", rows
+        _sources(ordered_MK[rows], stages.topk_weights_MK, 2 * near_M1[:, 0], rows, alike=False), "takes those of", rows
     )
     if moved is not None and bool(none_else):
         return Story("H2", "topk_weights", f"tokens have their own experts with the weights of other tokens: {moved}")
@@ -252,7 +252,7 @@ def rows_story(evidence: Evidence) -> Story | None:
     for name, part_MH in alone:
         if not bool(part_MH.any()):
             continue
-        source_M = _sources((output_MH - (stages.output_MH - part_MH))[rows], part_MH, limit_M[rows])
+        source_M = _sources((output_MH - (stages.output_MH - part_MH))[rows], part_MH, limit_M[rows], rows)
         moved = describe_moves(source_M, "gets the row of", rows)
         if moved is not None and source_M is not None:
             ranks = _exchanged(rows, source_M, evidence)
@@ -261,7 +261,12 @@ def rows_story(evidence: Evidence) -> Story | None:
                 told = f"the shared experts read the dispatched batch, not the rank's own tokens: {moved} in S"
                 return Story("C2", "shared", told)
             return Story(family, "output", f"rows of {name} stand at the wrong tokens{ranks or ''}: {moved}")
-    return _columns_story(evidence, rows, limit_M) or _unsummed_story(evidence, rows, limit_M)
+    of_parts = (_columns_moved(evidence, rows, limit_M, name, part_MH) for name, part_MH in alone[1:])
+    return (
+        _columns_story(evidence, rows, limit_M)
+        or _unsummed_story(evidence, rows, limit_M)
+        or next((story for story in of_parts if story is not None), None)
+    )
 
 
 def _exchanged(rows: Tensor, source_M: Tensor, evidence: Evidence) -> str | None:
@@ -281,12 +286,11 @@ def _columns_story(evidence: Evidence, rows: Tensor, limit_M: Tensor) -> Story |
     law_HM = evidence.given.stages.output_MH[rows].T
     found_HM = evidence.assembled_MH[rows].T
     limit_H = (limit_M[rows].norm() / len(law_HM) ** 0.5).expand(len(law_HM))
-    all_columns = torch.arange(len(law_HM))
     if len(rows) < 4:
         return None  # too few numbers in a column to recognise it by
-    moved = describe_moves(_sources(found_HM, law_HM, limit_H), "is", all_columns, "column")
+    moved = _columns_moved(evidence, rows, limit_M, "the output", evidence.given.stages.output_MH)
     if moved is not None:
-        return Story("H4", "output", f"columns stand in the wrong places: {moved}")
+        return moved
     wrong_H = (found_HM - law_HM).norm(dim=-1) > limit_H
     for factor, told in ((0.0, "are 0"), (2.0, "count twice")):
         off = (found_HM - factor * law_HM)[wrong_H].norm(dim=-1)
@@ -296,17 +300,34 @@ def _columns_story(evidence: Evidence, rows: Tensor, limit_M: Tensor) -> Story |
     return None
 
 
+def _columns_moved(evidence: Evidence, rows: Tensor, limit_M: Tensor, name: str, part_MH: Tensor) -> Story | None:
+    """Columns of the output, or of R or S in it, that are another column of the law's."""
+    rest_MH = evidence.given.stages.output_MH - part_MH
+    law_HM, found_HM = part_MH[rows].T, (evidence.assembled_MH - rest_MH)[rows].T
+    if len(rows) < 4 or not bool(part_MH.any()):
+        return None
+    limit_H = (limit_M[rows].norm() / len(law_HM) ** 0.5).expand(len(law_HM))
+    columns = torch.arange(len(law_HM))
+    moved = describe_moves(_sources(found_HM, law_HM, limit_H, columns), "is", columns, "column")
+    of = "" if name == "the output" else f" of {name}"
+    return None if moved is None else Story("H4", "output", f"columns{of} stand in the wrong places: {moved}")
+
+
 def _unsummed_story(evidence: Evidence, rows: Tensor, limit_M: Tensor) -> Story | None:
     """Blocks of rows, or of columns, each of which is one rank's partial sum: gathered where they were to be summed."""
     given, layout = evidence.given, evidence.layout
     held, grid = rank_shares(given, layout), layout.grid
-    if not any(part.shard for part in held) or any(part.shard is None for part in held):
+    if not any(part.shard for part in held) or any(part.shard is None and part.scaled for part in held):
         return None
     partial_RMH = torch.zeros(grid.tp, *evidence.outputs[0].shape, dtype=torch.float64)
     for part in held:
-        assert part.shard is not None  # sorted out above
-        factor = given.spec.output.share * (given.spec.scale if part.scaled else 1.0)
-        partial_RMH[part.shard % grid.tp] += factor * part.value_MH  # a sum over dp, if there is one, has taken place
+        value_MH = given.spec.output.share * (given.spec.scale if part.scaled else 1.0) * part.value_MH
+        if part.shard is not None:
+            partial_RMH[part.shard % grid.tp] += value_MH  # a sum over dp, if there is one, has taken place
+        elif part.name == "shared bias":
+            partial_RMH[0] += value_MH  # only the first rank keeps it
+        else:
+            partial_RMH += value_MH  # comes after the sum
     miss_RMH = (evidence.assembled_MH - partial_RMH)[:, rows]
     by_row = miss_RMH.norm(dim=-1) <= limit_M[rows]
     by_column = miss_RMH.norm(dim=1) <= limit_M[rows].norm() / miss_RMH.shape[-1] ** 0.5
@@ -356,13 +377,22 @@ def numbers_text(numbers: Sequence[int]) -> str:
     return shown if len(numbers) <= 6 else f"{shown}, ..."
 
 
-def _sources(found: Tensor, law: Tensor, limit_M: Tensor) -> Tensor | None:
-    """Which row of law each row of found is, its own if that fits; None if some row is none of them, or many are alike."""
+def _sources(found: Tensor, law: Tensor, limit_M: Tensor, rows: Tensor, *, alike: bool = True) -> Tensor | None:
+    """Which row of law each row of found is, its own if that fits; None if some row is none of them, or many are alike.
+
+    rows: where each row of found stands.    alike: whether the nearest counts where several rows fit that one has moved to.
+    """
     distance = torch.cdist(found, law, compute_mode="donot_use_mm_for_euclid_dist")
     fits = distance <= limit_M[:, None]
     if not bool(fits.any(-1).all()) or float(fits.sum(-1).double().mean()) > _ALIKE:
         return None
-    return distance.argmin(-1)
+    own = fits.gather(1, rows[:, None])[:, 0]
+    source = torch.where(own, rows, distance.argmin(-1))
+    count = len(law)
+    shifts = [s for s in range(1, count) if bool(fits.gather(1, ((rows + s) % count)[:, None]).all())]
+    if len(shifts) == 1:
+        return (rows + shifts[0]) % count
+    return source if alike or not bool((fits.sum(-1)[~own] > 1).any()) else None
 
 
 def describe_moves(source_M: Tensor | None, verb: str, rows: Tensor, noun: str = "token") -> str | None:

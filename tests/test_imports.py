@@ -68,6 +68,7 @@ TABLE = [
     ("harness.unknown", "", None),
     ("harness.causes", "", None),
     ("harness.diagnose", "", None),
+    ("harness.second_grid", "", None),
     ("harness.known", "", None),
     ("harness.outputs", "", None),
     ("harness.coefficients", "", None),

@@ -158,7 +158,8 @@ def _checked(case: Case, system: FaultyRunner) -> tuple[Finding, list[Tensor] | 
     if run.broken is not None:
         return check(case, system), None
     finding = judge(case, system, given, run)
-    if finding.verdict is not Verdict.MISMATCH or finding.family is None:
+    unsure = finding.family is None or "it could also be" in finding.diagnosis
+    if finding.verdict is not Verdict.MISMATCH or unsure:
         finding = check(case, system)
     return finding, [whole_output(out, given) for out in run.ranks]
 
