@@ -23,6 +23,7 @@ from harness.many_rows import many_rows_story
 from harness.outputs import evidence, handed, whole_output
 from harness.probe import Probe, labelled_case, probe, read, told_on_two_grids
 from harness.problem import Problem, problem, ways
+from harness.second_look import second_look
 from harness.stages import Looked, first_wrong
 from harness.systems import System
 
@@ -96,6 +97,8 @@ def judge(case: Case, system: System, given: Problem, run: Run, probed: Probe | 
         seen = evidence(case, system, given, run, outputs, compared.wrong_RM)
         cause = _with_coefficients(diagnose(seen), seen, probed, case)
         cause = cause if probed is None else told_on_two_grids(cause, seen, case, system)
+        if cause.family is None and cause.sentence.startswith("unknown"):
+            cause = _asked_again(cause, second_look(case, system, given, run, compared.wrong_RM.any(0)))
         looked = Looked(given, outputs, seen.wrong_RM, case.grid, seen.precision, not system.foreign)
         placed = first_wrong(looked, handed(case, run))
         figures = compared.figures() | ({"stages": placed.read} if placed.read else {})
@@ -148,6 +151,11 @@ def _settled(
         return _found(case, system, Verdict.KNOWN, figures, Diagnosis(known.told(entry), None), entry.reference)
     told = f"the ledger expects another fault here: {entry.reference}"
     return _found(case, system, Verdict.MISMATCH, figures, cause, told)
+
+
+def _asked_again(cause: Diagnosis, fact: str | None) -> Diagnosis:
+    """An unknown cause with what a second look saw in the place of "unknown"."""
+    return cause if fact is None else replace(cause, sentence=f"{fact}; {cause.sentence.partition('; ')[2]}")
 
 
 def _with_coefficients(cause: Diagnosis, seen: Evidence, probed: Probe | None, case: Case) -> Diagnosis:

@@ -72,6 +72,7 @@ TABLE = [
     ("harness.known", "", None),
     ("harness.outputs", "", None),
     ("harness.coefficients", "", None),
+    ("harness.second_look", "", None),
     ("harness.probe", "", None),
     ("harness.hazards", "", None),
     ("harness.check", "the story of a run", None),
