@@ -20,6 +20,7 @@ import torch
 import reference.certificate as judge
 from harness.case import KERNELS, parse_grid
 from harness.certify import certificate, certify, law, pieces, replay, states
+from harness.certify.dispatch import axes
 from harness.certify.ranks import on_ranks
 from harness.certify.states import LayerState
 from harness.certify.walk import Walked, difference, walk
@@ -89,8 +90,8 @@ def wrong_states(walked: Walked) -> list[dict[str, str]]:
 def test_a_right_runner_gives_the_law_in_every_state_of_a_grid():
     walked = walk("tp2")
     assert not walked.wrong
-    assert walked.states == 56320
-    assert walked.runs > 4000 < 56320
+    assert walked.states == 72368
+    assert 4000 < walked.runs < 8000
     assert walked.apart == 16, "the transports of this grid, rank by rank"
 
 
@@ -107,7 +108,7 @@ def test_a_plan_that_is_wrong_for_one_transform_in_sequence_parallelism_on_one_g
     here = PLAIN | {"pad": "8", "shared": "sharded", "scaling": "router", "zero": "yes", "order": "2"}
     assert {word["latent"] for word in wrong_states(walk("tp2.ep2.sp2", **here))} == set()
     walked = walk("tp2.ep4.dp2.sp2", **here | {"latent": "bias"})
-    assert walked.wrongs == walked.states == 84
+    assert walked.wrongs == walked.states == 144
     assert "routed 7.5 7.5 7.5 7.5, expected 2.5 2.5 2.5 2.5" in walked.wrong[0].text
     assert not walk("tp2.ep4.dp2.sp2", **here | {"latent": "linear"}).wrong
 
@@ -128,8 +129,30 @@ def test_a_scale_applied_twice_only_after_a_swap_in_order_3_is_found(monkeypatch
     monkeypatch.setattr(MoERunner, "_maybe_apply_routed_scale_to_output", scale)
     where = PLAIN | {"shared": "sharded", "scaling": "router", "latent": "none", "zero": "no", "share": "0.5"}
     found = wrong_states(walk("tp2", **where))
-    assert len(found) == 4  # two kernels, each after the other, in both dtypes
-    assert all(word["order"] == "3" and word["history"].startswith("after_") for word in found)
+    assert len(found) == 8  # two kernels, each after the other, whole and in two micro-batches, in both dtypes
+    assert all(word["order"] == "3" and "after_" in word["history"] for word in found)
+
+
+def test_a_second_micro_batch_that_reduces_as_the_kernel_before_the_swap_did_is_found_there_alone(monkeypatch):
+    swap, right = FusedMoE.swap_kernel, MoERunner.reduce_and_trunc
+
+    def swap_kernel(self, backend):
+        self.runner.old_plan = self.runner.last_plan
+        swap(self, backend)
+
+    def reduce(self, rows, width, plan):
+        self.turn = getattr(self, "turn", 0) + 1
+        old = getattr(self, "old_plan", None)
+        return right(self, rows, width, plan if old is None or self.turn < 3 else old)
+
+    monkeypatch.setattr(FusedMoE, "swap_kernel", swap_kernel)
+    monkeypatch.setattr(MoERunner, "reduce_and_trunc", reduce)
+    where = PLAIN | {"shared": "none", "scaling": "absent", "latent": "none", "zero": "no", "order": "auto"}
+    found = wrong_states(walk("tp2", **where))
+    assert {(word["kernel"], word["history"]) for word in found} == {
+        ("partial", "two_batches_after_reduced"), ("reduced", "two_batches_after_partial"),
+    }  # fmt: skip
+    assert {word["dtype"] for word in found} == {"fp32", "fp16"}
 
 
 def test_shared_experts_reduced_twice_for_one_kernel_with_zero_experts_are_found(monkeypatch):
@@ -162,7 +185,7 @@ def test_code_that_asks_for_its_rank_is_run_rank_by_rank_and_found_on_that_rank(
     where = PLAIN | {"shared": "sharded", "scaling": "output", "latent": "none", "zero": "no", "order": "1"}
     assert not walk("tp2", **where).wrong
     walked = walk("tp2", **where | {"pad": "8"})
-    assert walked.wrongs == walked.states == walked.apart == 12
+    assert walked.wrongs == walked.states == walked.apart == 16
     assert "rank 1: routed" in walked.wrong[0].text
     assert "rank 0" not in walked.wrong[0].text
 
@@ -180,6 +203,7 @@ def test_a_flag_kept_from_the_first_call_is_found_after_swaps_alone(monkeypatch)
     found = wrong_states(walk("tp2", **where | {"share": "0.5"}))
     assert {(word["kernel"], word["history"]) for word in found} == {
         ("partial", "after_reduced"), ("reduced", "after_partial"),
+        ("partial", "two_batches_after_reduced"), ("reduced", "two_batches_after_partial"),
     }  # fmt: skip
 
 
@@ -195,7 +219,8 @@ def test_a_forward_that_looks_at_the_plan_before_is_run_after_every_swap(monkeyp
     where = PLAIN | {"shared": "none", "scaling": "absent", "latent": "none", "zero": "no", "order": "auto"}
     found = wrong_states(walk("tp2", **where | {"pad": "8"}))
     assert {(word["kernel"], word["history"]) for word in found} == {
-        ("partial", "after_reduced"), ("reduced", "two_batches"),
+        ("partial", "after_reduced"), ("partial", "two_batches_after_reduced"),
+        ("reduced", "two_batches_first"), ("reduced", "two_batches_after_partial"),
     }  # fmt: skip
     assert {word["dtype"] for word in found} == {"fp32", "fp16"}
 
@@ -208,7 +233,7 @@ def test_an_order_that_is_asked_for_outside_the_plan_is_found_in_that_order(monk
     )  # fmt: skip
     where = PLAIN | {"shared": "sharded", "scaling": "absent", "latent": "none", "zero": "no", "experts": "monolithic"}
     found = wrong_states(walk("tp1", **where))
-    assert len(found) == 12
+    assert len(found) == 16
     assert {word["order"] for word in found} == {"1"}
 
 
@@ -222,7 +247,9 @@ def test_micro_batches_that_take_each_others_shared_output_are_found(monkeypatch
     monkeypatch.setattr(SharedExperts, "take", take)
     where = PLAIN | {"shared": "sharded", "scaling": "router", "latent": "none", "zero": "no"}
     found = wrong_states(walk("tp1", **where))
-    assert {word["history"] for word in found} == {"two_batches"}
+    assert {word["history"] for word in found} == {
+        "two_batches_first", "two_batches_after_partial", "two_batches_after_reduced",
+    }  # fmt: skip
     assert {word["order"] for word in found} == {"auto", "1", "2"}
 
 
@@ -248,8 +275,8 @@ def two_grids(monkeypatch) -> None:
     """The space cut down to two grids, for both sides; and few pieces."""
     grids = {grid: judge.GRIDS[grid] for grid in ("tp1", "dp2")}
     monkeypatch.setattr(judge, "GRIDS", grids)
-    monkeypatch.setitem(judge.LAYER_AXES, "grid", tuple(grids))
-    monkeypatch.setitem(states.LAYER_AXES, "grid", tuple(grids))
+    for each in (judge.LAYER_AXES, judge.ROUTED_AXES, states.LAYER_AXES, axes.LAYER_AXES):
+        monkeypatch.setitem(each, "grid", tuple(grids))
     few = ("mixtral@tp2.fp32+size=labels", "mixtral@tp2.tokens0", "llama4@tp2.fp32+size=labels", "llama4@tp2.tokens0")
     monkeypatch.setattr(pieces, "cases", lambda: few)
 
@@ -284,49 +311,49 @@ def test_the_judge_finds_that_a_right_certificate_holds(made, tmp_path, capsys):
     assert "4 layers of models" in told
 
 
-def lose_a_state(body: dict[str, Any]) -> None:
-    layer = body["layers"][123]
-    body["tables"].append(body["tables"][layer[1]][1:])
-    layer[1] = len(body["tables"]) - 1
+def lose_a_state(space: dict[str, Any]) -> None:
+    layer = space["layers"][7]
+    space["tables"].append(space["tables"][layer[1]][1:])
+    layer[1] = len(space["tables"]) - 1
 
 
-def lose_a_layer(body: dict[str, Any]) -> None:
-    del body["layers"][77]
+def lose_a_layer(space: dict[str, Any]) -> None:
+    del space["layers"][11]
 
 
-def double_a_layer(body: dict[str, Any]) -> None:
-    body["layers"].append(body["layers"][5])
+def double_a_layer(space: dict[str, Any]) -> None:
+    space["layers"].append(space["layers"][5])
 
 
-def double_a_state(body: dict[str, Any]) -> None:
-    body["tables"][3].append(body["tables"][3][0])
+def double_a_state(space: dict[str, Any]) -> None:
+    space["tables"][3].append(space["tables"][3][0])
 
 
-def alter_a_coefficient(body: dict[str, Any]) -> None:
-    body["coefficients"][4][0][1] *= 1.0000001
+def alter_a_coefficient(space: dict[str, Any]) -> None:
+    first = space["coefficients"][-1][0]
+    (first[0] if isinstance(first[0], list) else first)[1] += 1e-7
 
 
-def alter_a_ledger(body: dict[str, Any]) -> None:
-    body["ledgers"][-1].append(["all_reduce", "tp"])
+def alter_a_ledger(space: dict[str, Any]) -> None:
+    space["ledgers"][-1].append(["all_reduce", "tp"])
 
 
-def alter_a_layer(body: dict[str, Any]) -> None:
-    """A refused neighbour in its place."""
-    known = {code for code, _ in body["layers"]}
-    place = next(place for place, (code, _) in enumerate(body["layers"]) if code + 4 not in known)
-    body["layers"][place][0] += 4
+def alter_a_layer(space: dict[str, Any]) -> None:
+    """A refused one in its place."""
+    known = {code for code, _ in space["layers"]}
+    space["layers"][9][0] = next(code for code in range(len(known) + 1) if code not in known)
 
 
-def alter_a_call(body: dict[str, Any]) -> None:
-    body["tables"][2][0][0] += 1
+def alter_a_call(space: dict[str, Any]) -> None:
+    space["tables"][2][0][0] += 1
 
 
-def give_a_layer_the_table_of_another(body: dict[str, Any]) -> None:
-    body["layers"][9][1] = body["layers"][-1][1]
+def give_a_layer_the_table_of_another(space: dict[str, Any]) -> None:
+    space["layers"][9][1] = space["layers"][-1][1]
 
 
-def alter_an_axis(body: dict[str, Any]) -> None:
-    body["layer_axes"][2][1][0] = "nobody"
+def alter_an_axis(space: dict[str, Any]) -> None:
+    space["layer_axes"][2][1][0] = "nobody"
 
 
 def lose_a_piece(body: dict[str, Any]) -> None:
@@ -335,6 +362,10 @@ def lose_a_piece(body: dict[str, Any]) -> None:
 
 def spoil_a_piece(body: dict[str, Any]) -> None:
     body["pieces"][1][1] = "mismatch"
+
+
+def lose_a_space(body: dict[str, Any]) -> None:
+    del body["dispatch"]
 
 
 CHANGES: dict[Callable[[dict[str, Any]], None], str] = {
@@ -348,19 +379,32 @@ CHANGES: dict[Callable[[dict[str, Any]], None], str] = {
     alter_a_call: "",
     give_a_layer_the_table_of_another: "",
     alter_an_axis: "axes",
+}
+OF_ALL: dict[Callable[[dict[str, Any]], None], str] = {
     lose_a_piece: "missing: piece",
     spoil_a_piece: "is mismatch",
+    lose_a_space: "dispatch",
 }
 
 
+@pytest.mark.parametrize("space", ["decisions", "dispatch"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_the_judge_rejects_what_was_changed_even_with_a_new_hash(change, made, tmp_path, capsys):
-    change(made)
+def test_the_judge_rejects_what_was_changed_in_a_space_even_with_a_new_hash(change, space, made, tmp_path, capsys):
+    change(made[space])
     assert judge.main([written(tmp_path / "c.gz", made)]) == 1
     told = capsys.readouterr().out
     assert "DOES NOT HOLD" in told
     assert CHANGES[change] in told
     assert "hash" not in told
+
+
+@pytest.mark.parametrize("change", OF_ALL, ids=lambda change: change.__name__)
+def test_the_judge_rejects_a_certificate_that_lacks_a_part(change, made, tmp_path, capsys):
+    change(made)
+    assert judge.main([written(tmp_path / "c.gz", made)]) == 1
+    told = capsys.readouterr().out
+    assert "DOES NOT HOLD" in told
+    assert OF_ALL[change] in told
 
 
 def test_the_judge_rejects_content_that_its_hash_does_not_fit(made, tmp_path, capsys):
@@ -417,6 +461,7 @@ def test_certify_names_the_wrong_state_and_leaves_the_old_certificate_alone(two_
 
     monkeypatch.setattr(MoERunner, "reduce_and_trunc", reduce)
     monkeypatch.setitem(states.LAYER_AXES, "grid", ("tp1",))
+    monkeypatch.setitem(axes.LAYER_AXES, "grid", ("tp1",))
     path = tmp_path / "c.gz"
     path.write_text("old")
     assert certify(str(path), jobs=0, as_json=False) == 1
@@ -453,14 +498,18 @@ def test_replay_runs_drawn_states_again_and_sees_one_that_was_changed(made, tmp_
     assert replay(path, count=60, seed=3, as_json=True) == 0
     assert json.loads(capsys.readouterr().out)["states"] == 60
     changed = copy.deepcopy(made)
-    for values in changed["coefficients"]:
+    for values in changed["decisions"]["coefficients"]:
         values[0][1] += 0.5
+    for values in changed["dispatch"]["coefficients"]:
+        values[0][0][2] += 0.5
     assert replay(written(tmp_path / "d.gz", changed), count=5, seed=3, as_json=False) == 1
     told = capsys.readouterr().out
     assert "rank 0: routed" in told
+    assert "rank 0, row 0: expert 1" in told
     assert "5 differ" in told
     changed = copy.deepcopy(made)
-    changed["ledgers"] = [[["broadcast", "tp"], *ledger] for ledger in changed["ledgers"]]
+    for space in ("decisions", "dispatch"):
+        changed[space]["ledgers"] = [[["broadcast", "tp"], *ledger] for ledger in changed[space]["ledgers"]]
     assert replay(written(tmp_path / "e.gz", changed), count=2, seed=3, as_json=False) == 1
     assert "ledger" in capsys.readouterr().out
 
@@ -491,3 +540,6 @@ def test_names_and_numbers_of_states_lead_to_each_other():
 
     assert all(states.layer_code(states.layer_at(code)) == code for code in every(states.LAYER_AXES))
     assert all(states.call_code(states.call_at(code)) == code for code in every(states.CALL_AXES))
+    for layer in every(axes.LAYER_AXES):
+        for call in every(axes.CALL_AXES):
+            assert tuple(map(axes.code_of, axes.state_at(layer, call))) == (layer, call)

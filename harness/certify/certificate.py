@@ -1,8 +1,9 @@
 """The certificate: every legal state with its coefficients and its ledger, in a file that others can check.
 
-One JSON object, gzipped. A state is a layer and a call, each the number of its place in the product of its axes (the last
-axis fastest). Many layers share a table of calls, many calls their coefficients, so tables stand in lists and are named by
-their place. The hash is over all the rest. `reference/certificate.py` checks such a file and shares no line with this one.
+One JSON object, gzipped, with two spaces of states: "decisions" and "dispatch". A state is a layer and a call, each the
+number of its place in the product of its axes (the last axis fastest). Many layers share a table of calls, many calls
+their coefficients, so tables stand in lists and are named by their place. The hash is over all the rest.
+`reference/certificate.py` checks such a file and shares no line with this one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,33 @@ import torch
 
 from harness import __version__
 from harness.certify import states
+from harness.certify.dispatch import axes
 from harness.certify.walk import Walked
 from harness.errors import UsageError
 
-FORMAT = "moe-harness certificate 1"
+FORMAT = "moe-harness certificate 2"
+SPACES = {
+    "decisions": (states.LAYER_AXES, states.CALL_AXES),
+    "dispatch": (axes.LAYER_AXES, axes.CALL_AXES),
+}
 
 
-def certificate(walks: Iterable[Walked], pieces: list[list[str]]) -> dict[str, Any]:
-    """The body without its hash. pieces: the cases that certify routers and experts, and what each showed."""
+def certificate(walks: Mapping[str, Iterable[Walked]], pieces: list[list[str]]) -> dict[str, Any]:
+    """The body without its hash. walks: of each space.    pieces: the cases that certify routers and experts, and what
+    each showed.
+    """
+    return {
+        "format": FORMAT,
+        "harness": __version__,
+        "torch": torch.__version__,
+        "routed_scaling_factor": states.S,
+        **{name: _space(name, walks[name]) for name in SPACES},
+        "pieces": pieces,
+    }
+
+
+def _space(name: str, walks: Iterable[Walked]) -> dict[str, Any]:
+    """All that the walks over one space found, each list of numbers once."""
     coefficients: dict[Any, int] = {}
     ledgers: dict[Any, int] = {}
     tables: dict[Any, int] = {}
@@ -42,24 +62,31 @@ def certificate(walks: Iterable[Walked], pieces: list[list[str]]) -> dict[str, A
             places.append(tables.setdefault(whole, len(tables)))
         layers += [(code, places[table]) for code, table in walked.layers]
     return {
-        "format": FORMAT,
-        "harness": __version__,
-        "torch": torch.__version__,
-        "routed_scaling_factor": states.S,
-        "layer_axes": [[name, list(values)] for name, values in states.LAYER_AXES.items()],
-        "call_axes": [[name, list(values)] for name, values in states.CALL_AXES.items()],
+        **_told(name),
         "coefficients": list(coefficients),
         "ledgers": list(ledgers),
         "tables": list(tables),
         "layers": sorted(layers),
-        "pieces": pieces,
+    }
+
+
+def _told(name: str) -> dict[str, list[list[Any]]]:
+    """The axes of a space, as a certificate has them."""
+    layer_axes, call_axes = SPACES[name]
+    return {
+        "layer_axes": [[axis, list(values)] for axis, values in layer_axes.items()],
+        "call_axes": [[axis, list(values)] for axis, values in call_axes.items()],
     }
 
 
 def digest(body: dict[str, Any]) -> str:
     """sha256 of the body as compact JSON with sorted keys, its hash left out."""
+    return hashlib.sha256(_bare(body).encode()).hexdigest()
+
+
+def _bare(body: dict[str, Any]) -> str:
     bare = {name: value for name, value in body.items() if name != "hash"}
-    return hashlib.sha256(json.dumps(bare, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return json.dumps(bare, sort_keys=True, separators=(",", ":"))
 
 
 def check_writable(path: str) -> None:
@@ -74,7 +101,8 @@ def check_writable(path: str) -> None:
 
 def write(path: str, body: dict[str, Any]) -> int:
     """The number of bytes. Written beside and renamed, so that no half of a certificate ever stands there."""
-    text = json.dumps({**body, "hash": digest(body)}, sort_keys=True, separators=(",", ":"))
+    bare = _bare(body)
+    text = f'{bare[:-1]},"hash":"{hashlib.sha256(bare.encode()).hexdigest()}"}}'
     packed = gzip.compress(text.encode(), 6, mtime=0)
     beside = Path(f"{path}.{os.getpid()}.new")
     try:
@@ -98,9 +126,7 @@ def read(path: str) -> dict[str, Any]:
         raise UsageError(f"--output {path}: expected the format {FORMAT!r}. {again}")
     if body.get("hash") != digest(body):
         raise UsageError(f"--output {path}: its hash is not that of its content, somebody has changed it. {again}")
-    axes = (states.LAYER_AXES, states.CALL_AXES)
-    told = tuple({name: tuple(values) for name, values in body.get(key, ())} for key in ("layer_axes", "call_axes"))
-    if told != axes:
+    if any({key: body.get(name, {}).get(key) for key in _told(name)} != _told(name) for name in SPACES):
         raise UsageError(
             f"--output {path}: made by harness {body.get('harness')}, whose states are other ones. {again}"
         )

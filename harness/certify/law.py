@@ -9,7 +9,7 @@ import functools
 import struct
 
 from harness.case import Grid, parse_grid
-from harness.certify.states import S, State
+from harness.certify.states import S, State, batches_of
 
 # for each rank the coefficients of: the token (zero experts), the routed shard of each rank, the expert bias as each
 # rank may add it, the shared shard of each rank, the bias of the output transform
@@ -68,13 +68,13 @@ def ledger(state: State) -> Ledger:
     """Of every rank, since all of them take the same way."""
     layer, call = state
     apart = layer.shared in ("sharded", "gated")
-    return _ledger(layer.grid, layer.experts, call.kernel, apart, layer.latent == "bias", layer.reduce, call.history)
+    return ledger_of(layer.grid, layer.experts, call.kernel, apart, layer.latent == "bias", batches_of(call.history))
 
 
 @functools.cache
-def _ledger(grid: str, experts: str, kernel: str, apart: bool, bias: bool, reduce: str, history: str) -> Ledger:
+def ledger_of(grid: str, experts: str, kernel: str, apart: bool, bias: bool, batches: int) -> Ledger:
+    """apart: with shared experts beside the kernel.    bias: of the output transform."""
     sizes = parse_grid(grid)
-    batches = 2 if history == "two_batches" else 1
     announced = _transport(sizes, kernel, experts == "monolithic")
     if sizes.sp > 1 or sizes.ranks == 1:
         return announced * batches  # rows of its own on every rank, or one rank with everything

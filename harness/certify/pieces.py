@@ -6,6 +6,7 @@ is that the real ones do what the labels stand for: each model's routing, activa
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable
 
@@ -44,6 +45,8 @@ def prepared(system_name: str) -> Callable[[str], tuple[str, str]]:
     from harness.systems import resolve
 
     torch.set_num_threads(1)
+    gc.freeze()
+    gc.set_threshold(50_000)  # as in `verb.prepared`
     system = resolve(system_name)
 
     def run(text: str) -> tuple[str, str]:
@@ -54,7 +57,7 @@ def prepared(system_name: str) -> Callable[[str], tuple[str, str]]:
         if case.size == "labels":
             found = probe(case, system)
             return found.verdict, found.sentence
-        finding = check(case, system)
+        finding = check(case, system, alone=True)  # labelled cases are pieces of their own
         return finding.verdict.value, finding.diagnosis
 
     return run

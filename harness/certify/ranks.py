@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness.case import parse_grid
 from harness.certify.law import Coefficients, Ledger
-from harness.certify.states import LayerState, State, settings_of, spec_of
+from harness.certify.states import LayerState, State, batches_of, before, settings_of, spec_of
 from harness.certify.world import DTYPES, LATENT_LABEL, LATER, junk, logits_of, seats, weights_of, world
 from harness.comm import Communicator
 from harness.comm.simulated import run_ranks
@@ -35,9 +35,9 @@ def on_ranks(state: State) -> tuple[list[Coefficients], list[Ledger]]:
     grid = world(layer.grid)
     dtype = DTYPES[call.dtype]
     one_nH = grid.tokens(dtype)
-    tokens = [one_nH, one_nH * LATER] if call.history == "two_batches" else [one_nH]
-    first = call.history.removeprefix("after_") if call.history.startswith("after_") else call.kernel
-    before: list[int] = [0] * grid.sizes.ranks
+    tokens = [one_nH, one_nH * LATER][: batches_of(call.history)]
+    first = before(call.history) or call.kernel
+    skipped: list[int] = [0] * grid.sizes.ranks
 
     def body(comm: Communicator) -> list[Tensor]:
         built = _LabelledLayer(layer, first, comm)
@@ -45,7 +45,7 @@ def on_ranks(state: State) -> tuple[list[Coefficients], list[Ledger]]:
         if first != call.kernel:
             built.runner.forward(mine[0], logits_of(layer))
             built.swap_kernel(call.kernel)  # type: ignore[arg-type]
-        before[comm.rank] = comm.tp.calls + comm.ep.calls + comm.dp.calls
+        skipped[comm.rank] = comm.tp.calls + comm.ep.calls + comm.dp.calls
         batches = [(each, logits_of(layer)) for each in mine]
         runner = built.runner
         results = runner.forward_micro_batches(batches) if len(batches) > 1 else [runner.forward(*batches[0])]
@@ -59,7 +59,7 @@ def on_ranks(state: State) -> tuple[list[Coefficients], list[Ledger]]:
     whole = [torch.cat(batch) for batch in zip(*rows, strict=True)]
     ledgers = [
         tuple((entry.op, entry.group) for entry in entries[skip:])
-        for entries, skip in zip(ranks.ledger, before, strict=True)
+        for entries, skip in zip(ranks.ledger, skipped, strict=True)
     ]
     return [grid.read(y_nH, x_nH) for y_nH, x_nH in zip(whole, tokens, strict=True)], ledgers
 

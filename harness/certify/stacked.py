@@ -123,12 +123,12 @@ class _StackedKernel(FusedMoEKernel):
         return out_MP
 
 
-class _Remembered(dict[int, tuple[Tensor, Tensor]]):
-    """The routing that a runner remembers, for those who ask afterwards. read: somebody asked."""
+class _Remembered(dict[int, Any]):
+    """What a runner remembers of a call by micro-batch, for those who ask afterwards. read: somebody asked."""
 
     read = False
 
-    def __getitem__(self, key: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: int) -> Any:
         self.read = True
         return super().__getitem__(key)
 
@@ -206,15 +206,26 @@ class _WatchedFacts(LayerFacts):
         return super().__getattribute__(name)
 
 
+def watch(runner: MoERunner) -> None:
+    """From now on `read_history` knows."""
+    runner.__class__ = _WatchedRunner
+    assert isinstance(runner, _WatchedRunner)
+    runner.planned = runner.deciding = runner.read_history = False
+    for name in _REMEMBERS:
+        runner.__dict__[name] = _Remembered()
+
+
 @functools.lru_cache(maxsize=256)
 def _watched(facts: LayerFacts) -> LayerFacts:
     return _WatchedFacts(**asdict(facts))
 
 
-# of a runner: what `StackedLayer.seen` compares, and what no forward reads unless `_WatchedRunner` tells
+# of a runner: what it writes down of each call, for those who ask afterwards
+_REMEMBERS = ("_told", "_passed")
+# of a runner: what `seen` compares, and what no forward reads unless `_WatchedRunner` tells
 _KNOWN = {
     "facts", "router", "kernel", "shared_experts", "shared_order", "routed_input_transform", "routed_output_transform",
-    "placement", "share", "comm", "last_plan", "_told", "planned", "deciding", "read_history",
+    "placement", "share", "comm", "last_plan", *_REMEMBERS, "planned", "deciding", "read_history",
 }  # fmt: skip
 
 
@@ -226,9 +237,7 @@ class StackedLayer(FusedMoE):
         self._world = _worlds(layer.grid)
         super().__init__(spec_of(layer), settings_of(layer, kernel), weights_of(layer), self._world.first)
         runner = self.runner
-        runner.__class__ = _WatchedRunner
-        assert isinstance(runner, _WatchedRunner)
-        runner._told, runner.planned, runner.deciding, runner.read_history = _Remembered(), False, False, False
+        watch(runner)
         runner.comm = self._world.comm  # type: ignore[assignment]
         runner.router = self._world.router(self._router, logits_of(layer))
         if runner.shared_experts is not None:
@@ -241,31 +250,39 @@ class StackedLayer(FusedMoE):
     @property
     def seen(self) -> tuple[Any, ...]:
         """Everything of the layer that a runner's forward can see."""
-        now = self.runner.__dict__
-        return now["facts"], now["shared_order"], *self._parts()
+        return seen(self.runner)
 
-    def _parts(self) -> tuple[Any, ...]:
-        now, shared = self.runner.__dict__, self.runner.shared_experts
-        more: tuple[Any, ...] = ()
-        if now.keys() != _KNOWN:
-            more = tuple(_named(name, each) for name, each in now.items() if name not in _KNOWN)
-        transforms = (now["routed_input_transform"], now["routed_output_transform"])
-        return (
-            id(now["router"]), id(now["kernel"]), now["share"], now["placement"], more,
-            shared and (type(shared), len(shared.__dict__), len(shared._outputs)),
-            *(each and (id(each.weight), each.bias is None or id(each.bias)) for each in transforms),
-        )  # fmt: skip
+    def planned(self, kernels: tuple[str, ...]) -> list[tuple[Any, ...]]:
+        """For each kernel the same, with the plans of its first calls in place of what only plans are made of.
 
-    def planned(self, kernels: tuple[str, ...]) -> tuple[Any, ...]:
-        """The same with the plans of all first calls in place of what only plans are made of.
-
-        Two layers that are alike in this differ in nothing, if nothing was decided outside of plans (`decided`).
+        Two layers that are alike in this do the same with that kernel, if nothing was decided outside of plans
+        (`decided`).
         """
-        runner, parts, plans = self.runner, self._parts(), []
+        runner, found = self.runner, []
         for kernel in kernels:
             runner.kernel = self.make_kernel(kernel, runner.placement)  # type: ignore[arg-type]  # a word of CALL_AXES
-            plans += [runner.plan(dtype, self._latent) for dtype in DTYPES.values()]
-        return runner.facts.scale, *plans, *parts
+            plans = [runner.plan(dtype, self._latent) for dtype in DTYPES.values()]
+            found.append((kernel, runner.facts.scale, *plans, *_parts(runner)))
+        return found
+
+
+def seen(runner: MoERunner) -> tuple[Any, ...]:
+    """Everything that a runner's forward can see, but for what calls before it left behind."""
+    now = runner.__dict__
+    return now["facts"], now["shared_order"], *_parts(runner)
+
+
+def _parts(runner: MoERunner) -> tuple[Any, ...]:
+    now, shared = runner.__dict__, runner.shared_experts
+    more: tuple[Any, ...] = ()
+    if now.keys() != _KNOWN:
+        more = tuple(_named(name, each) for name, each in now.items() if name not in _KNOWN)
+    transforms = (now["routed_input_transform"], now["routed_output_transform"])
+    return (
+        id(now["router"]), id(now["kernel"]), now["share"], now["placement"], more,
+        shared and (type(shared), len(shared.__dict__), len(shared._outputs)),
+        *(each and (id(each.weight), each.bias is None or id(each.bias)) for each in transforms),
+    )  # fmt: skip
 
 
 def _named(name: str, value: object) -> tuple[str, object]:
@@ -297,7 +314,7 @@ class _World:
 
     def router(self, real: FusedMoERouter, logits_1E: Tensor) -> FusedMoERouter:
         """What a router like this chose once."""
-        key = _described(real)
+        key = described(real)
         if key not in self._routers:
             weights_1K, ids_1K = real.select_experts(logits_1E)
             order = ids_1K[0].argsort()  # ties: any order is right
@@ -359,13 +376,13 @@ def _nothing_yet(call: Call) -> NoReturn:
     raise AskedForRank(f"{call} while the layer is built")
 
 
-def _described(router: FusedMoERouter) -> tuple[Any, ...]:
+def described(router: FusedMoERouter) -> tuple[Any, ...]:
     """Its class and the numbers in it, down to the innermost."""
     parts: list[Any] = [type(router)]
     for name in router.__dataclass_fields__:  # type: ignore[attr-defined]
         value = getattr(router, name)
         if name == "inner":
-            parts.append(_described(value))
+            parts.append(described(value))
         elif not isinstance(value, Tensor):
             parts.append(value)
     return tuple(parts)
@@ -374,7 +391,7 @@ def _described(router: FusedMoERouter) -> tuple[Any, ...]:
 class Kept:
     """What a layer remembers, to be put back: the calls after it start from the same history."""
 
-    def __init__(self, layer: StackedLayer) -> None:
+    def __init__(self, layer: FusedMoE) -> None:
         self._kept = []
         for owner in (layer, layer.runner, layer.runner.shared_experts):
             if owner is not None:
@@ -411,10 +428,10 @@ def decided() -> bool:
     return found
 
 
-def read_history(layer: StackedLayer) -> bool:
-    """Whether the last call has looked at what calls before it left behind."""
-    runner: Any = layer.runner
-    return runner.read_history or runner._told.read
+def read_history(layer: FusedMoE) -> bool:
+    """Whether the last call has looked at what calls before it left behind; of a runner that is watched."""
+    now: dict[str, Any] = layer.runner.__dict__
+    return now["read_history"] or any(now[name].read for name in _REMEMBERS)
 
 
 _LOGITS = torch.empty(0)  # nobody reads them: what the router chose is known

@@ -55,8 +55,8 @@ class LayerState(NamedTuple):
 
 
 class CallState(NamedTuple):
-    """What may change from call to call. history: the first call of the layer; one after a call with another kernel,
-    which was then swapped for this one; or two micro-batches in flight together."""
+    """What may change from call to call. history: the first call of the layer, whole or as two micro-batches in flight
+    together; or the same after a call with another kernel, which was then swapped for this one."""
 
     dtype: str
     kernel: str
@@ -80,10 +80,29 @@ LAYER_AXES: dict[str, tuple[str, ...]] = {
 CALL_AXES: dict[str, tuple[str, ...]] = {
     "dtype": ("fp32", "fp16"),
     "kernel": KERNELS,
-    "history": ("first", *(f"after_{kernel}" for kernel in KERNELS), "two_batches"),
+    "history": tuple(
+        batches + when for batches in ("", "two_batches_") for when in ("first", *(f"after_{name}" for name in KERNELS))
+    ),
 }
 # states of the whole product; a kernel swapped for itself is none
-PRODUCT = math.prod(map(len, LAYER_AXES.values())) * len(KERNELS) * (len(KERNELS) + 1) * len(CALL_AXES["dtype"])
+PRODUCT = math.prod(map(len, LAYER_AXES.values())) * len(CALL_AXES["dtype"]) * len(KERNELS) * 2 * len(KERNELS)
+
+
+def batches_of(history: str) -> int:
+    """How many micro-batches the call is made of."""
+    return 2 if history.startswith("two_batches_") else 1
+
+
+def before(history: str) -> str | None:
+    """The kernel of the call before this one, None if this is the first."""
+    return history.rpartition("after_")[2] if "after_" in history else None
+
+
+@functools.cache
+def histories(kernel: str, kernels: tuple[str, ...]) -> tuple[str, ...]:
+    """Of a call with this kernel, in a layer that these may serve."""
+    whole = ("first", *(f"after_{other}" for other in kernels if other != kernel))
+    return *whole, *(f"two_batches_{history}" for history in whole)
 
 
 def told(state: State) -> str:
@@ -95,27 +114,29 @@ def told(state: State) -> str:
 
 def layer_code(layer: LayerState) -> int:
     """The layer's place in the product of LAYER_AXES, the last axis fastest."""
-    return _code(layer, LAYER_AXES)
+    return code(layer, LAYER_AXES)
 
 
 @functools.cache
 def call_code(call: CallState) -> int:
-    return _code(call, CALL_AXES)
+    return code(call, CALL_AXES)
 
 
 def layer_at(code: int) -> LayerState:
-    return LayerState(*_words(code, LAYER_AXES))
+    return LayerState(*words(code, LAYER_AXES))
 
 
+@functools.cache
 def call_at(code: int) -> CallState:
-    return CallState(*_words(code, CALL_AXES))
+    return CallState(*words(code, CALL_AXES))
 
 
-def _code(words: tuple[str, ...], axes: dict[str, tuple[str, ...]]) -> int:
-    code = 0
-    for word, values in zip(words, axes.values(), strict=True):
-        code = code * len(values) + _place(values)[word]
-    return code
+def code(state: tuple[str, ...], axes: dict[str, tuple[str, ...]]) -> int:
+    """The place of one word from each axis in the product of the axes, the last axis fastest."""
+    found = 0
+    for word, values in zip(state, axes.values(), strict=True):
+        found = found * len(values) + _place(values)[word]
+    return found
 
 
 @functools.cache
@@ -123,12 +144,13 @@ def _place(values: tuple[str, ...]) -> dict[str, int]:
     return {value: place for place, value in enumerate(values)}
 
 
-def _words(code: int, axes: dict[str, tuple[str, ...]]) -> list[str]:
-    words = []
+def words(place: int, axes: dict[str, tuple[str, ...]]) -> list[str]:
+    """The words at a place: `code` backwards."""
+    found = []
     for values in reversed(axes.values()):
-        code, place = divmod(code, len(values))
-        words.append(values[place])
-    return words[::-1]
+        place, at = divmod(place, len(values))
+        found.append(values[at])
+    return found[::-1]
 
 
 def layers_of(grid: str) -> Iterator[tuple[LayerState, tuple[str, ...]]]:
@@ -150,8 +172,7 @@ def calls_of(kernels: tuple[str, ...]) -> list[CallState]:
     """Every call of a layer that these kernels may serve."""
     calls = []
     for dtype, kernel in itertools.product(CALL_AXES["dtype"], kernels):
-        swaps = (f"after_{other}" for other in kernels if other != kernel)
-        calls += [CallState(dtype, kernel, history) for history in ("first", *swaps, "two_batches")]
+        calls += [CallState(dtype, kernel, history) for history in histories(kernel, kernels)]
     return calls
 
 
@@ -159,7 +180,7 @@ def refusal(layer: LayerState, kernel: str) -> str | None:
     """Why no such layer may be built, in the layer's own words."""
     spec = spec_of(layer)
     try:
-        check_settings(spec, settings_of(layer, kernel), _parallel(layer.grid))
+        check_settings(spec, settings_of(layer, kernel), parallel_of(layer.grid))
         _check_router(spec.routing)
     except ValueError as error:
         return str(error)
@@ -174,7 +195,7 @@ def _check_router(routing: Routing) -> None:
 
 
 @functools.cache
-def _parallel(grid: str) -> FusedMoEParallelConfig:
+def parallel_of(grid: str) -> FusedMoEParallelConfig:
     """Of rank 0; the checks ask for sizes alone."""
     sizes = parse_grid(grid)
     return FusedMoEParallelConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import time
@@ -12,35 +13,51 @@ import torch
 
 from harness.case import parse_grid
 from harness.certify import certificate, pieces, states
+from harness.certify.dispatch import axes
+from harness.certify.dispatch import walk as dispatch
+from harness.certify.law import Ledger
 from harness.certify.ranks import on_ranks
 from harness.certify.walk import Walked, Wrong, difference, walk
 from harness.errors import HarnessError
 from harness.pool import Batch, Outcome, run_all
 
-LIMIT_S = 900.0  # for one grid; it takes 4, or 200 if every state has to be run rank by rank
+LIMIT_S = 900.0  # for one grid; it takes 4, or 300 if every state has to be run rank by rank
 TOLD = 10  # wrong states that are printed
 
 
+# of each space, what walks over one of its grids
+WALKS: dict[str, Callable[[str], Walked]] = {"decisions": walk, "dispatch": dispatch.walk}
+
+
 def prepared(_: str) -> Callable[[str], object]:
-    """For a worker: grid -> what it gave."""
+    """For a worker: 'SPACE GRID' -> what it gave."""
     torch.set_num_threads(1)
-    return walk
+    gc.freeze()
+    gc.set_threshold(50_000)  # layers are freed by their counts; a collection every 700 objects takes 5 % of the time
+
+    def run(text: str) -> Walked:
+        space, _, grid = text.partition(" ")
+        return WALKS[space](grid)
+
+    return run
 
 
 def certify(path: str, *, jobs: int, as_json: bool) -> int:
     started = time.perf_counter()
     certificate.check_writable(path)
-    grids = states.LAYER_AXES["grid"]
-    walks, judged, lost = _run(grids, pieces.cases(), jobs)
+    parts = {f"{space} {grid}": space for space in WALKS for grid in states.LAYER_AXES["grid"]}
+    walks, judged, lost = _run(tuple(parts), pieces.cases(), jobs)
     wrong = [each for walked in walks.values() for each in walked.wrong]
     failed = [
         Wrong(case, f"{verdict}: {told}") for case, (verdict, told) in judged.items() if verdict not in pieces.RIGHT
     ]
     legal = sum(walked.states for walked in walks.values())
     figures: dict[str, Any] = {
-        "product": states.PRODUCT,
+        "product": states.PRODUCT + axes.PRODUCT,
         "legal": legal,
-        "refused": states.PRODUCT - legal,
+        "refused": states.PRODUCT + axes.PRODUCT - legal,
+        "dispatch_product": axes.PRODUCT,
+        "dispatch_legal": sum(walked.states for part, walked in walks.items() if parts[part] == "dispatch"),
         "runs": sum(walked.runs for walked in walks.values()),
         "rank_by_rank": sum(walked.apart for walked in walks.values()),
         "after_a_swap_alike": sum(walked.alike for walked in walks.values()),
@@ -52,7 +69,8 @@ def certify(path: str, *, jobs: int, as_json: bool) -> int:
     wrong += failed + lost
     if not wrong:
         verdicts = [[case, verdict] for case, (verdict, _) in sorted(judged.items())]
-        figures["bytes"] = certificate.write(path, certificate.certificate((walks[grid] for grid in grids), verdicts))
+        found = {space: [walks[part] for part in parts if parts[part] == space] for space in WALKS}
+        figures["bytes"] = certificate.write(path, certificate.certificate(found, verdicts))
     figures["seconds"] = round(time.perf_counter() - started, 1)
     if as_json:
         told = [{"state": each.state, "difference": each.text} for each in wrong[:TOLD]]
@@ -63,23 +81,23 @@ def certify(path: str, *, jobs: int, as_json: bool) -> int:
 
 
 def _run(
-    grids: tuple[str, ...], cases: tuple[str, ...], jobs: int
+    parts: tuple[str, ...], cases: tuple[str, ...], jobs: int
 ) -> tuple[dict[str, Walked], dict[str, tuple[str, str]], list[Wrong]]:
-    """What each grid gave, the verdict of each piece, and what nothing came back of."""
+    """What each part of a space gave, the verdict of each piece, and what nothing came back of."""
     walks: dict[str, Walked] = {}
     judged: dict[str, tuple[str, str]] = {}
     lost: list[Wrong] = []
 
     def take(outcome: Outcome) -> None:
         if outcome.kind != "finding":
-            what = "all states of " if outcome.case in grids else ""
+            what = "all states of " if outcome.case in parts else ""
             lost.append(Wrong(f"{what}{outcome.case}", f"{outcome.kind}: {str(outcome.payload).strip()}"))
         elif isinstance(outcome.payload, Walked):
             walks[outcome.case] = outcome.payload
         else:
             judged[outcome.case] = outcome.payload
 
-    batches = [Batch("runner", (grid,), "harness.certify.verb:prepared") for grid in sorted(grids, key=_size)[::-1]]
+    batches = [Batch("runner", (part,), "harness.certify.verb:prepared") for part in sorted(parts, key=_size)[::-1]]
     batches += [Batch("runner", part, "harness.certify.pieces:prepared") for part in _parts(cases)]
     run_all(batches, jobs, LIMIT_S, take)
     return walks, judged, lost
@@ -90,15 +108,16 @@ def _parts(cases: tuple[str, ...], size: int = 400) -> Iterator[tuple[str, ...]]
         yield cases[first : first + size]
 
 
-def _size(grid: str) -> tuple[bool, int]:
+def _size(part: str) -> tuple[bool, int]:
     """All-to-all kernels make a grid of whole experts five times as large as another."""
-    sizes = parse_grid(grid)
+    sizes = parse_grid(part.partition(" ")[2])
     return sizes.ep == sizes.ranks > 1, sizes.ranks
 
 
 def _print(path: str, figures: dict[str, Any], wrong: list[Wrong]) -> None:
     print(
-        f"{figures['product']:,} states: {figures['legal']:,} legal, {figures['refused']:,} refused\n"
+        f"{figures['product']:,} states: {figures['legal']:,} legal, {figures['refused']:,} refused; of placements, junk and "
+        f"transports {figures['dispatch_legal']:,} of {figures['dispatch_product']:,}\n"
         f"{figures['runs']:,} calls of the runner, {figures['rank_by_rank']:,} states rank by rank, "
         f"{figures['pieces']:,} layers of models; {figures['seconds']:.1f} s"
     )
@@ -118,13 +137,14 @@ def replay(path: str, *, count: int, seed: int, as_json: bool) -> int:
     torch.set_num_threads(1)
     drawn = random.Random(seed)
     wrong: list[Wrong] = []
-    for _ in range(count):
-        layer, table = drawn.choice(body["layers"])
-        call, values, ledger = drawn.choice(body["tables"][table])
-        state = (states.layer_at(layer), states.call_at(call))
-        told = _replayed(state, body["coefficients"][values], body["ledgers"][ledger])
+    for number in range(count):
+        space = body[("decisions", "dispatch")[number % 2]]
+        layer, table = drawn.choice(space["layers"])
+        call, values, ledger = drawn.choice(space["tables"][table])
+        said = space["coefficients"][values], tuple((op, group) for op, group in space["ledgers"][ledger])
+        name, told = _dispatched(layer, call, *said) if number % 2 else _decided(layer, call, *said)
         if told:
-            wrong.append(Wrong(states.told(state), told))
+            wrong.append(Wrong(name, told))
     seconds = round(time.perf_counter() - started, 1)
     if as_json:
         first = [{"state": each.state, "difference": each.text} for each in wrong[:TOLD]]
@@ -137,12 +157,18 @@ def replay(path: str, *, count: int, seed: int, as_json: bool) -> int:
     return 1 if wrong else 0
 
 
-def _replayed(state: states.State, coefficients: list[list[float]], ledger: list[list[str]]) -> str:
-    """What differs between a run now and what the certificate says, in words."""
+def _decided(layer: int, call: int, coefficients: list[list[float]], ledger: Ledger) -> tuple[str, str]:
+    """A state's name, and what differs between a run now and what the certificate says, in words."""
+    state = (states.layer_at(layer), states.call_at(call))
     try:
         with torch.inference_mode():
             batches, ledgers = on_ranks(state)
     except (HarnessError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    said = tuple(map(tuple, coefficients)), tuple((op, group) for op, group in ledger)
-    return difference(said, batches, ledgers)
+        return states.told(state), f"{type(error).__name__}: {error}"
+    return states.told(state), difference((tuple(map(tuple, coefficients)), ledger), batches, ledgers)
+
+
+def _dispatched(layer: int, call: int, coefficients: list[list[list[float]]], ledger: Ledger) -> tuple[str, str]:
+    """The same of a state of the other space."""
+    state, rows = axes.state_at(layer, call), tuple(tuple(map(tuple, rank)) for rank in coefficients)
+    return axes.told(state), dispatch.differs(state, (rows, ledger))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,13 +16,13 @@ from harness.certify import law, stacked, states
 from harness.certify.law import Coefficients, Ledger
 from harness.certify.ranks import on_ranks
 from harness.certify.stacked import AskedForRank, Kept, StackedLayer
-from harness.certify.states import CallState, LayerState
+from harness.certify.states import CallState, LayerState, batches_of, before
 from harness.certify.world import DTYPES, LATER, World, world
 
 # a call's code, and the places of its coefficients and of its ledger in the lists of them
 Row = tuple[int, int, int]
 Table = tuple[Row, ...]
-TOLD = 20  # wrong states that a grid tells of
+TOLD = 30  # wrong states that a grid tells of
 # layers whose kernels are run rank by rank as well
 FEATURES: tuple[dict[str, str], ...] = (
     {"shared": "sharded", "latent": "bias", "bias": "yes", "zero": "no", "pad": "8", "share": "1"},
@@ -84,8 +85,21 @@ class _Start:
 
     def swapped(self, kernel: str) -> StackedLayer:
         built = self.restored()
+        built.runner.planned = False  # type: ignore[attr-defined]  # a swap that reads the last plan is told on
         built.swap_kernel(kernel)  # type: ignore[arg-type]  # a word of CALL_AXES
         return built
+
+
+@dataclass(slots=True)
+class _Known:
+    """Of a layer that no other one is like. keys: all that the runner sees; and the same with plans in place of what they
+    are made of, which counts only where nothing was decided outside of them.    planned: the second, kernel by kernel.
+    whole: it was right, and may stand for others.
+    """
+
+    keys: list[object]
+    planned: list[object]
+    whole: bool = False
 
 
 class _Walk:
@@ -94,8 +108,10 @@ class _Walk:
         self._grid = grid
         self._found = Walked()
         self._tokens = {name: self._two(dtype) for name, dtype in DTYPES.items()}
-        self._tables: dict[object, int] = {}
-        self._lawful: dict[tuple[Coefficients, Ledger, str], tuple[tuple[Tensor, ...], Ledger, int, int]] = {}
+        self._places: dict[object, int] = {}
+        self._rows: dict[object, list[Row]] = {}
+        self._unlike = 0
+        self._lawful: dict[tuple[int, int, str], tuple[tuple[Tensor, ...], Ledger, int, int]] = {}
         self._coefficients: dict[Coefficients, int] = {}
         self._ledgers: dict[Ledger, int] = {}
 
@@ -106,17 +122,18 @@ class _Walk:
     def over(self, only: Mapping[str, str]) -> Walked:
         found = self._found
         contents: dict[Table, int] = {}
-        for layer, kernels in states.layers_of(self._grid):
+        # an order that the kernel chooses comes last: for each kernel it is one that was asked for before
+        for layer, kernels in sorted(states.layers_of(self._grid), key=lambda each: each[0].order == "auto"):
             if any(getattr(layer, axis) != word for axis, word in only.items()):
                 continue
-            place, keys = self._known(layer, kernels)
-            if place is None:
-                stacked.decided()
-                wrongs = found.wrongs
-                table = tuple(sorted(self._run(layer, kernels)))
+            known = self._known(layer, kernels)
+            if isinstance(known, int):
+                place = known
+            else:
+                table = self._joined(known) or tuple(sorted(self._table(layer, kernels, known)))
                 place = contents.setdefault(table, len(contents))
-                if found.wrongs == wrongs:
-                    self._tables.update(dict.fromkeys(keys[:1] if stacked.decided() else keys, place))
+                if known.whole:
+                    self._places.update(dict.fromkeys(known.keys, place))
             found.layers.append((states.layer_code(layer), place))
             found.states += len(states.calls_of(kernels))
         if not only:
@@ -130,7 +147,7 @@ class _Walk:
         for experts, kernel, features in itertools.product(("modular", "monolithic"), KERNELS, FEATURES):
             layer = LayerState(self._grid, experts, "router", order="auto", reduce="layer", **features)
             if states.refusal(layer, kernel) is None:
-                for dtype, history in (("fp32", "first"), ("fp16", "two_batches")):
+                for dtype, history in (("fp32", "first"), ("fp16", "two_batches_first")):
                     state = (layer, CallState(dtype, kernel, history))
                     self._found.apart += 1
                     self._tell(state, self._apart(state))
@@ -142,19 +159,44 @@ class _Walk:
             if len(self._found.wrong) < TOLD:
                 self._found.wrong.append(Wrong(states.told(state), told))
 
-    def _known(self, layer: LayerState, kernels: tuple[str, ...]) -> tuple[int | None, list[object]]:
-        """The place of the table of a layer in which the runner sees the same, if one was run; and this one's keys.
+    def _known(self, layer: LayerState, kernels: tuple[str, ...]) -> int | _Known:
+        """The place of the table of a layer in which the runner sees the same, if one was run; or what is known of it.
 
-        The first key is all that the runner sees. The other has the plans instead of what they are made of; it counts
-        only where nothing was decided outside of them.
+        A layer that has to give something else is another one, whatever the runner sees.
         """
         built = self._built(layer, kernels[0])
-        keys: list[object] = [(kernels, layer if built is None else built.seen)]
-        if keys[0] not in self._tables and built is not None:
+        law_ids = _law_ids(layer._replace(order="", bias="", pad=""), kernels)
+        seen = (kernels, law_ids, layer if built is None else built.seen)
+        if seen in self._places:
+            return self._places[seen]
+        planned: list[object] = []
+        if built is not None:
             with contextlib.suppress(Exception, AskedForRank):
-                keys.append((kernels, built.planned(kernels)))
-        places = [self._tables[key] for key in keys if key in self._tables]
-        return (places[0] if places else None), keys
+                planned = [(kernels, law_ids, key) for key in built.planned(kernels)]
+        keys: list[object] = [seen, tuple(planned)]
+        known = _Known(keys if planned else keys[:1], planned)
+        return self._places.get(known.keys[-1], known)
+
+    def _joined(self, known: _Known) -> Table | None:
+        """The table of a layer that does with each kernel what another one was seen to do with it."""
+        rows = [self._rows.get(key) for key in known.planned]
+        if not rows or None in rows:
+            return None
+        known.whole = True
+        return tuple(sorted(itertools.chain.from_iterable(filter(None, rows))))
+
+    def _table(self, layer: LayerState, kernels: tuple[str, ...], known: _Known) -> list[Row]:
+        """All calls run. Remembers them if all were right, and by plans if nothing was decided outside of these."""
+        stacked.decided()
+        wrongs, unlike = self._found.wrongs, self._unlike
+        table = list(self._run(layer, kernels))
+        known.whole = self._found.wrongs == wrongs
+        if stacked.decided():
+            known.keys, known.planned = known.keys[:1], []
+        if known.whole and self._unlike == unlike:
+            of = {kernel: [row for row in table if states.call_at(row[0]).kernel == kernel] for kernel in kernels}
+            self._rows.update(zip(known.planned, of.values(), strict=False))
+        return table
 
     def _built(self, layer: LayerState, kernel: str) -> StackedLayer | None:
         """None where a layer cannot be built, which its first call will tell."""
@@ -168,40 +210,60 @@ class _Walk:
 
         A runner that sees after a swap what it sees in a layer built with that kernel, and whose call there read nothing
         of calls before it, does the same: such a state is found alike and not run, but for a part of the space that is
-        run as a control.
+        run as a control. What a swap leaves is looked at once for calls of both dtypes that leave the same.
         """
         fresh = {kernel: _Start.of(self._built(layer, kernel)) for kernel in kernels}
+        alike: dict[tuple[str, str, object], bool] = {}
         for dtype in DTYPES:
-            first: dict[str, Row] = {}
+            first: dict[str, tuple[Row, Row]] = {}
             after: dict[str, _Start] = {}
             forgetful = set()
             for kernel in kernels:
                 start, wrongs = fresh[kernel], self._found.wrongs
-                first[kernel] = self._judged(layer, CallState(dtype, kernel, "first"), start)
+                two = self._judged(layer, CallState(dtype, kernel, "two_batches_first"), start)
                 forgets = start.built is not None and not stacked.read_history(start.built)
+                first[kernel] = self._judged(layer, CallState(dtype, kernel, "first"), start), two
+                forgets = forgets and start.built is not None and not stacked.read_history(start.built)
                 if forgets and self._found.wrongs == wrongs:
                     forgetful.add(kernel)
                 after[kernel] = _Start.of(start.built)
-                yield self._judged(layer, CallState(dtype, kernel, "two_batches"), start)
-            yield from first.values()
-            control = (layer.pad, layer.share, dtype) == ("0", "1", "fp32")
+                yield from first[kernel]
+            control = (layer.pad, layer.share, layer.bias, layer.order, dtype) == ("0", "1", "no", "1", "fp32")
             for earlier, kernel in itertools.permutations(kernels, 2):
-                call, start = CallState(dtype, kernel, f"after_{earlier}"), after[earlier]
-                if not control and kernel in forgetful and start.swapped(kernel).seen == fresh[kernel].seen:
-                    self._found.alike += 1
-                    yield states.call_code(call), *first[kernel][1:]
+                calls, start = _swaps(dtype, kernel, earlier), after[earlier]
+                swap = earlier, kernel, start.seen
+                if swap not in alike:
+                    alike[swap] = kernel in forgetful and self._alike(start, kernel, fresh[kernel])
+                same = kernel in forgetful and alike[swap]
+                self._unlike += not same
+                if same and not control:
+                    self._found.alike += 2
+                    for code, row in zip(calls.values(), first[kernel], strict=True):
+                        yield code, *row[1:]
                 else:
-                    yield self._judged(layer, call, start)
+                    for call in calls:
+                        yield self._judged(layer, call, start)
+
+    @staticmethod
+    def _alike(start: _Start, kernel: str, fresh: _Start) -> bool:
+        """Whether a swap leaves what a new layer has, and asked for nothing that a call had left behind."""
+        built = start.swapped(kernel)
+        return built.seen == fresh.seen and not stacked.read_history(built)
 
     def _judged(self, layer: LayerState, call: CallState, start: _Start) -> Row:
         state = (layer, call)
         lawful = (law.coefficients(state), law.ledger(state), call.dtype)
-        wanted_nH, wanted, coefficients, ledger = self._lawful.get(lawful) or self._expected(*lawful)
+        place = (
+            id(lawful[0]),
+            id(lawful[1]),
+            call.dtype,
+        )  # the law keeps them, and to hash them takes as long as a call
+        wanted_nH, wanted, coefficients, ledger = self._lawful.get(place) or self._expected(place, *lawful)
         tokens = self._tokens[call.dtype]
         self._found.runs += 1
         try:
-            built = start.swapped(call.kernel) if call.history.startswith("after") else start.restored()
-            given_nH, seen = stacked.call(built, tokens if call.history == "two_batches" else tokens[:1])
+            built = start.restored() if before(call.history) is None else start.swapped(call.kernel)
+            given_nH, seen = stacked.call(built, tokens[: batches_of(call.history)])
             right = seen == wanted and all(map(torch.equal, given_nH, wanted_nH))
             told = "" if right else self._told(state, given_nH, seen)
         except AskedForRank:
@@ -213,15 +275,15 @@ class _Walk:
         return states.call_code(call), coefficients, ledger
 
     def _expected(
-        self, coefficients: Coefficients, ledger: Ledger, dtype: str
+        self, place: tuple[int, int, str], coefficients: Coefficients, ledger: Ledger, dtype: str
     ) -> tuple[tuple[Tensor, ...], Ledger, int, int]:
         wanted_nH = tuple(self._world.output(coefficients, x_nH) for x_nH in self._tokens[dtype])
         places = (
             self._coefficients.setdefault(coefficients, len(self._coefficients)),
             self._ledgers.setdefault(ledger, len(self._ledgers)),
         )
-        self._lawful[coefficients, ledger, dtype] = (wanted_nH, ledger, *places)
-        return self._lawful[coefficients, ledger, dtype]
+        self._lawful[place] = (wanted_nH, ledger, *places)
+        return self._lawful[place]
 
     def _apart(self, state: states.State) -> str:
         """The same state on ranks that are apart; what is wrong with it, or nothing."""
@@ -240,6 +302,21 @@ class _Walk:
         return difference(right, read, [seen] * self._world.sizes.ranks)
 
 
+@functools.lru_cache(maxsize=4096)
+def _law_ids(layer: LayerState, kernels: tuple[str, ...]) -> tuple[int, ...]:
+    """What the law demands of a layer, by identity: the law keeps what it has said. It does not read what is empty."""
+    first = [(layer, CallState(dtype, kernels[0], "first")) for dtype in DTYPES]
+    ledgers = [law.ledger((layer, CallState("fp32", kernel, "first"))) for kernel in kernels]
+    return *(id(law.coefficients(state)) for state in first), *map(id, ledgers)
+
+
+@functools.cache
+def _swaps(dtype: str, kernel: str, earlier: str) -> dict[CallState, int]:
+    """The calls after a swap, whole and as micro-batches, and their codes."""
+    calls = (CallState(dtype, kernel, f"{batches}after_{earlier}") for batches in ("", "two_batches_"))
+    return {call: states.call_code(call) for call in calls}
+
+
 def difference(right: tuple[Coefficients, Ledger], batches: list[Coefficients], ledgers: list[Ledger]) -> str:
     """What differs from what is right, in words; nothing if nothing does. batches: coefficients of each micro-batch."""
     wanted, ledger = right
@@ -248,11 +325,18 @@ def difference(right: tuple[Coefficients, Ledger], batches: list[Coefficients], 
         for rank, (row, due) in enumerate(zip(given, wanted, strict=True)):
             where = f"rank {rank}" + (f", micro-batch {number}" if number else "")
             told += [f"{where}: {text}" for text in _columns(row, due, len(given))]
-    for rank, seen in enumerate(ledgers):
-        if seen != ledger:
-            told.append(f"rank {rank}: ledger {_calls(seen)}, expected {_calls(ledger)}")
-            break
+    told += difference_of_ledgers(ledgers, ledger)
     return "; ".join(told[:6]) + (f"; and {len(told) - 6} more" if len(told) > 6 else "")
+
+
+def difference_of_ledgers(ledgers: list[Ledger], right: Ledger) -> list[str]:
+    """Of the first rank whose ledger is another one."""
+    told = (
+        f"rank {rank}: ledger {_calls(seen)}, expected {_calls(right)}"
+        for rank, seen in enumerate(ledgers)
+        if seen != right
+    )
+    return list(itertools.islice(told, 1))
 
 
 def _columns(row: tuple[float, ...], right: tuple[float, ...], ranks: int) -> Iterator[str]:

@@ -88,7 +88,12 @@ def _transforms(ranks: int) -> dict[str, Tensor]:
 
 def logits_of(layer: LayerState) -> Tensor:
     """[1, E] so large that a sigmoid is 1."""
-    return torch.full((1, spec_of(layer).routing.num_logits), 64.0)
+    return _saturated(spec_of(layer).routing.num_logits)
+
+
+@functools.cache
+def _saturated(count: int) -> Tensor:
+    return torch.full((1, count), 64.0)
 
 
 def seats(ranks: int) -> tuple[slice, slice, slice]:
