@@ -60,12 +60,15 @@ def rules(given: Problem) -> Iterator[Variant]:
 
 def weighed_sides(given: Problem) -> Iterator[Variant]:
     """The weight multiplies what goes into an expert; of top_k = 1, see weighing.py."""
-    if given.spec.vision is None:
-        for both in (False, True) if given.spec.routing.top_k > 1 else (True,):
+    if given.spec.vision is not None:
+        return
+    carried = {"the router weight": 1.0, "the router weight, with s in it,": given.spec.scale}
+    for what, factor in list(carried.items())[: 1 if given.spec.scale == 1.0 else 2]:
+        for both in (False, True) if given.spec.routing.top_k > 1 or factor != 1.0 else (True,):
             side = "both the input and the output of the expert" if both else "the expert's input, not its output"
             yield Variant(
-                "D10", "routed", f"the router weight multiplies {side}",
-                partial(routed_with, given, activate, weigh_in=True, weigh_out=both),
+                "D10", "routed", f"{what} multiplies {side}",
+                partial(routed_with, given, activate, weigh_in=True, weigh_out=both, carried=factor),
             )  # fmt: skip
 
 
@@ -86,8 +89,13 @@ def first_bias(given: Problem) -> Iterator[Variant]:
         )  # fmt: skip
 
 
-def routed_with(given: Problem, act: Act, *, weigh_in: bool | None = None, weigh_out: bool | None = None) -> Stages:
-    """The law with another activation, or with the weight at another side of the expert; slot by slot, no vision."""
+def routed_with(
+    given: Problem, act: Act, *, weigh_in: bool | None = None, weigh_out: bool | None = None, carried: float = 1.0
+) -> Stages:
+    """The law with another activation, or with the weight at another side of the expert; slot by slot, no vision.
+
+    carried: s if every use of the weight brings it along, and nobody else applies it.
+    """
     spec, weights, stages = given.spec, given.exact, given.stages
     experts, x_ML = spec.experts, given.tokens.hidden_states.double()
     interleaved, on_input = experts.layout == "interleaved", spec.routing.weight_on == "input"
@@ -102,7 +110,7 @@ def routed_with(given: Problem, act: Act, *, weigh_in: bool | None = None, weigh
     routed_ML = torch.zeros_like(x_ML)
     for e in stages.topk_ids_MK.unique().tolist():
         rows, slot = (stages.topk_ids_MK == e).nonzero(as_tuple=True)
-        w = stages.topk_weights_MK[rows, slot, None]
+        w = carried * stages.topk_weights_MK[rows, slot, None]
         w13, w2 = (weights[name][e].T if experts.transposed else weights[name][e] for name in ("w13", "w2"))
         h = (x_ML[rows] * w if weigh_in else x_ML[rows]) @ w13.T
         h = h + weights["b13"][e] if experts.bias else h
@@ -110,7 +118,7 @@ def routed_with(given: Problem, act: Act, *, weigh_in: bool | None = None, weigh
         y = y + weights["b2"][e] if experts.bias else y
         routed_ML.index_add_(0, rows, y * w if weigh_out else y)
     routed_MH = routed_ML if experts.latent_size is None else routed_ML @ weights["fc2_latent"].T
-    return with_parts(given, routed_MH=routed_MH)
+    return with_parts(given, routed_MH=routed_MH / carried)
 
 
 def _other_layout(given: Problem) -> str:

@@ -70,6 +70,9 @@ def other_weights(given: Problem) -> Iterator[Variant]:
     ids_MK, weights_MK = stages.topk_ids_MK, stages.topk_weights_MK
     for family, sentence, weigh in _WEIGHINGS:
         yield _weighed(given, family, sentence, partial(weigh, weights_MK))
+    if given.spec.scale != 1.0:
+        squared = "the router weight, with s in it, is applied twice (squared)"
+        yield _weighed(given, "D10", squared, lambda: given.spec.scale * weights_MK.square())
     if rule.top_k <= 1 or rule.scoring_func == "sparsemixer":
         return
     if rule.renormalize and rule.scoring_func != "softmax":
