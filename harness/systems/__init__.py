@@ -29,7 +29,8 @@ OUR_OPTIONS = (*RUNNER_OPTIONS, "kernel", "backend")
 
 # One rank's built layer: hidden states [M, H] -> [M, H], complete on every rank; modality=int64 [M], 1 for images, is
 # passed where the spec has a vision branch. Optional attributes: output_unit (float, 1.0), stages() -> dict of the last
-# call, plan (a dataclass that explain prints).
+# call by the names of docs/instruments.md, stage_factors (how often each counts the law's), plan (a dataclass that explain
+# prints).
 Layer = Callable[..., "Tensor"]
 
 
