@@ -15,8 +15,8 @@ from torch import Tensor
 
 from harness.layout import Layout
 from harness.problem import Problem
-from harness.variants.law import Variant, halves_of, run, weights_of, with_parts, with_weights
-from reference.moe import Choice, Stages, activate, renormalize, select_experts
+from harness.variants.law import Variant, halves_of, run, ties_as_picked, weights_of, with_parts, with_weights
+from reference.moe import Choice, Stages, activate, renormalize, router_logits, select_experts
 
 _FORMATS = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8 (e4m3)", torch.float8_e5m2: "fp8 (e5m2)",
@@ -48,16 +48,25 @@ _PLACES = (
     _Places("compute in {} throughout", x=True, w13=True, w2=True, h=True, out=True),
 )
 _WEIGHTS = _PLACES[1:4]
+# what, whether the tokens are rounded, whether its matrix is
+_ROUTER_READS = (
+    ("{} tokens", True, False), ("its matrix in {}", False, True), ("tokens and its matrix in {}", True, True),
+)  # fmt: skip
 
 
 def router(given: Problem) -> Iterator[Variant]:
-    """Scores, weights with s on them, and what is left of a score after a bias was added to it and taken off again."""
+    """What its product reads, scores, weights with s on them, and what is left of a score after a bias was added to it and
+    taken off again.
+    """
     rule, stages = given.spec.routing, given.stages
     if rule.scoring_func == "sparsemixer":
         return
     for dtype in (torch.bfloat16, torch.float16):
         name = _FORMATS[dtype]
         if given.dtype is torch.float32:
+            for what, x, w in _ROUTER_READS:
+                told = f"the router reads {what.format(name)}"
+                yield Variant("D9", "logits", told, partial(_by_product, given, dtype, x, w))
             if not rule.score_after_topk:
                 told = f"the scores are rounded to {name}"
                 yield Variant("D9", "topk_ids", f"{told} before the choice", partial(_by_scores, given, dtype, True))
@@ -97,6 +106,13 @@ def experts(given: Problem, layout: Layout | None) -> Iterator[Variant]:
 
 def _to(dtype: torch.dtype, *, now: bool) -> Callable[[Tensor], Tensor]:
     return (lambda t: t.float().to(dtype).double()) if now else (lambda t: t)
+
+
+def _by_product(given: Problem, dtype: torch.dtype, x: bool, w: bool) -> Stages:
+    weights = given.exact | {"router_weight": _to(dtype, now=w)(given.exact["router_weight"])}
+    x_MH, rule = _to(dtype, now=x)(given.tokens.hidden_states.double()), given.spec.routing
+    choice = ties_as_picked(given, rule, None, router_logits(x_MH, weights, rule))
+    return run(given, choice=choice)
 
 
 def _by_scores(given: Problem, dtype: torch.dtype, chosen: bool) -> Stages:

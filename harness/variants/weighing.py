@@ -96,8 +96,13 @@ def final_weights(given: Problem) -> Iterator[Variant]:
         twice = "the per-expert scale is applied twice"
         yield _weighed(given, "D6", twice, lambda: weights_MK * given.exact["per_expert_scale"][stages.topk_ids_MK])
     if given.dtype is torch.float32:
-        rounded = "the router weights are rounded to bf16"
-        yield _weighed(given, "D9", rounded, lambda: weights_MK.bfloat16().double())
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+            rounded = f"the router weights are rounded to {name}"
+            yield _weighed(given, "D9", rounded, partial(_rounded, weights_MK, dtype))
+
+
+def _rounded(weights_MK: Tensor, dtype: torch.dtype) -> Tensor:
+    return weights_MK.float().to(dtype).double()
 
 
 def _weighed(given: Problem, family: str, sentence: str, weigh: Callable[[], Tensor]) -> Variant:
