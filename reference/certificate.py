@@ -203,7 +203,7 @@ ROUTED_AXES = {
     "placement": ("linear", "round_robin", "permuted", "replicas", "moved"),
 }
 TRIP_AXES = {"kernel": KERNELS, "history": HISTORIES, "rows": ("whole", "junk")}
-COUNTS = (3, 2, 0, 1)  # rows of the first ranks that have rows of their own, again and again; 4 where all have the same
+COUNTS = (6, 3, 0, 1)  # rows of the first ranks that have rows of their own, again and again; 8 where all have the same
 
 
 def may_travel(layer: Routed, kernel: str) -> bool:
@@ -246,7 +246,7 @@ def rows_home(layer: Routed) -> list[list[list[float]]]:
     tp, ep, dp, sp = GRIDS[layer.grid]
     groups = tp * dp if sp > 1 else dp  # those with rows of their own
     experts, chosen = 2 * ep, max(2, 2 * ep // 4)
-    counts = [COUNTS[group % 4] for group in range(groups)] if groups > 1 else [4]
+    counts = [COUNTS[group % 4] for group in range(groups)] if groups > 1 else [8]
     shared = [1.0 if layer.beside in ("shared", "fused") else 0.0] * (tp * dp)
     ranks = []
     for rank in range(tp * dp):
@@ -256,7 +256,7 @@ def rows_home(layer: Routed) -> list[list[list[float]]]:
             weights = [2.0 * ((row + 2 * slot) % 4) + 1 for slot in range(chosen + 1)]
             routed = [0.0] * experts
             for slot in range(chosen):
-                routed[(row + slot * experts // chosen) % experts] = weights[slot]
+                routed[(row // 2 + slot * experts // chosen) % experts] = weights[slot]
             pieces = [weight for weight in routed for _ in range(tp * dp // ep)]
             rows.append([weights[chosen] if layer.beside == "zero" else 0.0, *pieces, *shared])
         ranks.append(rows)

@@ -144,10 +144,10 @@ def _placement(layer: Layer) -> Placement | None:
 
 @functools.cache
 def moved(grid: str) -> Placement:
-    """Another order, and one expert more on each rank, held twice or three times."""
+    """Another order, and one expert more for each rank, so that half of them are held twice."""
     count, ep = experts_of(grid), parse_grid(grid).ep
     order = _order(count)
-    return physical((*order[::-1], *(order[0] if rank % 2 else order[1] for rank in range(ep))), count, ep)
+    return physical((*order[::-1], *order[:ep]), count, ep)
 
 
 def _order(count: int) -> tuple[int, ...]:
@@ -161,7 +161,7 @@ def experts_of(grid: str) -> int:
 
 
 def chosen_of(grid: str) -> int:
-    """K, so many that four rows meet every expert."""
+    """K, so many that four different choices meet every expert."""
     return max(2, experts_of(grid) // 4)
 
 

@@ -21,7 +21,8 @@ from harness.certify.states import batches_of
 from harness.runner.router import FusedMoERouter, SharedSlotsRouter, ZeroExpertRouter
 from reference.spec import weight_shapes
 
-COUNTS = (3, 2, 0, 1)  # rows of the first ranks that have rows of their own, again and again; 4 where all have the same
+# rows of the first ranks that have rows of their own, again and again; 8 where all have the same
+COUNTS = (6, 3, 0, 1)
 
 # for each rank and each of its rows the coefficients of its columns: of the token in column 0, else of its square
 Rows = tuple[tuple[tuple[float, ...], ...], ...]
@@ -57,16 +58,19 @@ def places(grid: str) -> tuple[tuple[int, ...], ...]:
     """For each rank which of all rows it has: those of its own, or of its data-parallel rank."""
     sizes = parse_grid(grid)
     groups = sizes.ranks if sizes.sp > 1 else sizes.dp
-    counts = [COUNTS[group % len(COUNTS)] for group in range(groups)] if groups > 1 else [4]
+    counts = [COUNTS[group % len(COUNTS)] for group in range(groups)] if groups > 1 else [8]
     starts = list(itertools.accumulate(counts, initial=0))
     rows = [tuple(range(start, stop)) for start, stop in itertools.pairwise(starts)]
     return tuple(rows[rank if sizes.sp > 1 else rank // sizes.tp] for rank in range(sizes.ranks))
 
 
 def choice(grid: str, row: int) -> dict[int, int]:
-    """Expert -> weight: odd numbers, and tokens are powers of two, so that no row's product is another's."""
+    """Expert -> weight: odd numbers, and tokens are powers of two, so that no row's product is another's.
+
+    Neighbours choose alike: replicas of an expert take turns by row, and one gets the first, another the second.
+    """
     count, chosen = experts_of(grid), chosen_of(grid)
-    return {(row + k * count // chosen) % count: _weight(row, k) for k in range(chosen)}
+    return {(row // 2 + k * count // chosen) % count: _weight(row, k) for k in range(chosen)}
 
 
 def _weight(row: int, slot: int) -> int:
