@@ -110,11 +110,13 @@ def routing_story(evidence: Evidence, recovered: Recovered) -> Story | None:
     misplaced = placement_story(law_ME[rows], found_ME, near_M1, evidence.layout)
     if misplaced is not None:
         return Story(misplaced[0], "routed", misplaced[1])
-    for story in (_permuted, _renamed, _rescaled):
+    for story in (_permuted, _renamed, _mapped, _rescaled):
         told = story(law_ME[rows], found_ME, near_M1)
         if told is not None:
             return told
-    told = _lost(law_ME[rows], found_ME, near_M1, stages.topk_ids_MK[rows], evidence.layout)
+    told = _same_slot(law_ME[rows], found_ME, near_M1, stages.topk_ids_MK[rows]) or _lost(
+        law_ME[rows], found_ME, near_M1, stages.topk_ids_MK[rows], evidence.layout
+    )
     if told is not None:
         return told
     ordered_MK = recovered.weights_ME.gather(1, stages.topk_ids_MK)
@@ -172,6 +174,43 @@ def _renamed(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor) -> Story | None:
     else:
         told = ", ".join(f"expert {f} computes for expert {e}" for e, f in wrong.items())
     return Story("F7", "topk_ids", f"the right weights go to wrong experts: {told}")
+
+
+def _same_slot(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor, ids_MK: Tensor) -> Story | None:
+    """One slot of every token names the expert of another slot, which then counts with both weights."""
+    slots = ids_MK.shape[1]
+    weights_MK = law_ME.gather(1, ids_MK)
+    for lost, kept in itertools.permutations(range(slots), 2):
+        moved_MK = weights_MK.clone()
+        moved_MK[:, kept] += moved_MK[:, lost]
+        moved_MK[:, lost] = 0.0
+        if bool(((law_ME.scatter(1, ids_MK, moved_MK) - found_ME).abs() <= near_M1).all()):
+            told = f"slot {lost} of each token, best first, names the expert of slot {kept}, which counts with both weights"
+            return Story("D15", "topk_ids", told)
+    return None
+
+
+def _mapped(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor) -> Story | None:
+    """Every expert's tokens go to one other, several perhaps to the same: any map of ids."""
+    count = law_ME.shape[1]
+    visited_ME, map_E = law_ME > near_M1, torch.arange(count)
+    for e in range(count):
+        rows = visited_ME[:, e]
+        able = (found_ME[rows] >= law_ME[rows, e, None] - near_M1[rows]).all(0)
+        if bool(rows.any()) and not bool(able[e]):
+            if not bool(able.any()):
+                return None
+            more_E = (found_ME[rows] - law_ME[rows, e, None]).sum(0)  # of others that it computes for
+            map_E[e] = int(more_E.masked_fill(~able, torch.inf).argmin())
+    moved = (map_E != torch.arange(count)).nonzero()[:, 0].tolist()
+    whole_ME = torch.zeros_like(law_ME).index_add(1, map_E, law_ME)
+    if not moved or int(visited_ME[:, moved].sum()) < max(3, 2 * len(moved)):
+        return None
+    if not bool(((whole_ME - found_ME).abs() <= near_M1).all()):
+        return None
+    told = ", ".join(f"expert {int(map_E[e])} computes for expert {e}" for e in moved[:4])
+    more = f", and {len(moved) - 4} more" if len(moved) > 4 else ""
+    return Story("F7", "topk_ids", f"the right weights go to wrong experts: {told}{more}")
 
 
 def _lost(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor, ids_MK: Tensor, layout: Layout) -> Story | None:

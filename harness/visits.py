@@ -9,7 +9,9 @@ from torch import Tensor
 
 from harness.algebra import RESIDUAL_LIMIT, Evidence, fit_symbol, symbol_values
 from harness.parts import expert_parts
-from harness.recover import Recovered, Story, routing_story
+from harness.recover import Recovered, Story, numbers_text, routing_story
+
+_LEAST = 0.02  # of the largest weight of a token; what is below may be noise
 
 
 def expert_story(evidence: Evidence) -> Story | None:
@@ -27,7 +29,8 @@ def expert_story(evidence: Evidence) -> Story | None:
     names = symbol_values(given.spec.scale, {})  # an expert is spread over all ranks: tp is no factor of one
     visits_E = given.stages.topk_ids_MK.flatten().bincount(minlength=routing.num_logits).tolist()
     told = []
-    for output in evidence.outputs:
+    outputs = [evidence.assembled_MH] if evidence.ranks_agree else evidence.outputs
+    for output in outputs:
         target = output / given.spec.output.share - rest
         solved = torch.linalg.lstsq(matrix, target.flatten()[:, None], driver="gelsd").solution[:, 0]
         residual_M = (target - (matrix @ solved).view_as(target)).norm(dim=-1)
@@ -43,7 +46,13 @@ def expert_story(evidence: Evidence) -> Story | None:
         return None  # most experts are off: the fault is not theirs
     if any(symbol not in names and visits_E[e] < 2 for e, symbol in told):
         return None  # with one visit, an expert's factor and a router weight are the same number
-    experts = ", ".join(f"expert {e} counted {symbol}" for e, symbol in told)
+    by_symbol: dict[str, list[int]] = {}
+    for e, symbol in sorted(told):
+        by_symbol.setdefault(symbol, []).append(e)
+    experts = ", ".join(
+        f"expert{'s' if len(those) > 1 else ''} {numbers_text(those)} counted {symbol}"
+        for symbol, those in by_symbol.items()
+    )
     expected = "s" if given.spec.scale != 1.0 else "1"
     return Story("F7", "routed", f"{experts} (expected {expected}), all others right")
 
@@ -78,5 +87,6 @@ def visits_story(evidence: Evidence, recovered: Recovered | None) -> Story | Non
 
 
 def _visits(weights_E: Tensor, ids_K: Tensor) -> str:
-    """'3: 0.41, 7: 0.59', by expert."""
-    return ", ".join(f"{e}: {float(weights_E[e]):.3g}" for e in sorted(ids_K.tolist()))
+    """'3: 0.41, 7: 0.59', by expert; those that hardly count are none."""
+    least = _LEAST * float(weights_E.abs().max())
+    return ", ".join(f"{e}: {float(weights_E[e]):.3g}" for e in sorted(ids_K.tolist()) if weights_E[e].abs() > least)
