@@ -23,8 +23,9 @@ from harness.many_rows import many_rows_story
 from harness.outputs import evidence, handed, whole_output
 from harness.probe import Probe, labelled_case, probe, read, told_on_two_grids
 from harness.problem import Problem, problem, ways
+from harness.projection import Projected
 from harness.second_look import second_look
-from harness.stages import Looked, first_wrong
+from harness.stages import Handed, Looked, first_wrong
 from harness.systems import System
 
 
@@ -104,17 +105,25 @@ def judge(case: Case, system: System, given: Problem, run: Run, probed: Probe | 
         figures = compared.figures() | ({"stages": placed.read} if placed.read else {})
         return _settled(case, system, given, outputs, replace(cause, stage=placed.stage or cause.stage), figures)
     if compared.projection is not None:
-        precision = system.precision(given.spec)
-        looked = Looked(given, outputs, compared.wrong_RM, case.grid, precision, not system.foreign, many=True)
-        placed, told = first_wrong(looked, handed(case, run)), compared.projection
-        every_RM = torch.ones_like(compared.wrong_RM)
-        story = many_rows_story(evidence(case, system, given, run, outputs, every_RM))
-        stage = placed.stage if placed.stage and (told.stage == "output" or placed.is_seen) else told.stage
-        figures = compared.figures() | ({"stages": placed.read} if placed.read else {})
-        return _settled(case, system, given, outputs, Diagnosis(told.sentence, story and story.family, stage), figures)
+        seen = evidence(case, system, given, run, outputs, torch.ones_like(compared.wrong_RM))
+        cause, read_as = _seen_over_rows(compared.projection, seen, handed(case, run), not system.foreign)
+        return _settled(case, system, given, outputs, cause, compared.figures() | read_as)
     if compared.undecided:
         return _finding(case, system, Verdict.UNDECIDED, compared.figures(), diagnosis=compared.why)
     return _passed(case, system, given, run, compared.figures())
+
+
+def _seen_over_rows(
+    projected: Projected, seen: Evidence, ranks: Sequence[Handed], exact: bool
+) -> tuple[Diagnosis, dict[str, object]]:
+    """What only many rows show: at which stage, by what is handed out, and of which family if it is the whole story."""
+    nothing_RM = torch.zeros_like(seen.wrong_RM)
+    looked = Looked(seen.given, seen.outputs, nothing_RM, seen.layout.grid, seen.precision, exact, many=True)
+    placed, story = first_wrong(looked, ranks), many_rows_story(seen)
+    by_stages = placed.stage if projected.stage == "output" or placed.is_seen else None
+    family = None if story is None else story.family
+    read_as: dict[str, object] = {"stages": placed.read} if placed.read else {}
+    return Diagnosis(projected.sentence, family, by_stages or projected.stage), read_as
 
 
 def _labelled(case: Case, system: System, given: Problem, run: Run, outputs: Sequence[Tensor]) -> Finding:

@@ -17,8 +17,9 @@ from harness.comm import Entry
 from harness.compare import compare
 from harness.execution import Run, run_system
 from harness.finding import Finding, exit_code
-from harness.outputs import evidence, whole_output
+from harness.outputs import evidence, handed, whole_output
 from harness.problem import Problem, problem, ways
+from harness.stages import Looked, first_wrong
 from harness.systems import System, resolve
 from reference.rounding import analyse
 
@@ -80,6 +81,9 @@ def _measured(case: Case, system: System, given: Problem, run: Run) -> Iterator[
     if case.tokens == 0:
         yield "attribution: no tokens, nothing to attribute"
         return
+    looked = Looked(given, outputs, seen.wrong_RM, case.grid, precision, not system.foreign)
+    stages = first_wrong(looked, handed(case, run)).read
+    yield f"stages handed out: {'; '.join(f'{name} {how}' for name, how in stages.items()) or 'none'}"
     yield f"attribution (law: {', '.join(f'{name} x {symbol}' for name, symbol in law(given).items())}):"
     told: dict[str, list[int]] = {}
     for rank in range(case.grid.ranks):

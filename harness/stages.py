@@ -103,12 +103,13 @@ def first_wrong(looked: Looked, ranks: Sequence[Handed]) -> Placed:
                 return Placed(name, read)
     forms: dict[str, _Forms] = {}
     for name in ("routed", "shared", "routed_reduced", "shared_reduced", "sum", "reduction"):
-        found = _forms(looked, ranks, name)
-        if found is None:
+        seen = _forms(looked, ranks, name)
+        if seen is None:
             continue
+        found, factor = seen
         if name in ("routed_reduced", "shared_reduced", "reduction"):
             found.pop(_PARTS, None)
-        read[name] = f"right, {' or '.join(found)}" if found else "wrong"
+        read[name] = f"right, {' or '.join(found)}{_times(looked, factor)}" if found else "wrong"
         if not found:
             return Placed(_behind(looked, forms, _failed(name, forms)), read)
         forms[name] = found
@@ -281,8 +282,14 @@ def _factors(looked: Looked, rank: Handed, name: str) -> list[float]:
     return list(dict.fromkeys((1.0, rank.unit)))
 
 
-def _forms(looked: Looked, ranks: Sequence[Handed], name: str) -> _Forms | None:
-    """In which forms a stage is right on all ranks; None where it is not handed out."""
+def _times(looked: Looked, factor: float) -> str:
+    """How often a stage counts the law's, if not once."""
+    s = looked.given.spec.scale
+    return {s: ", times s", 1 / s: ", times 1/s", 1.0: ""}.get(factor, f", times {factor:g}")
+
+
+def _forms(looked: Looked, ranks: Sequence[Handed], name: str) -> tuple[_Forms, float] | None:
+    """In which forms a stage is right on all ranks, and times what; None where it is not handed out."""
     given, law_MH = looked.given, looked.given.stages.output_MH
     told = [_routing_of(given, rank, name) for rank in ranks]
     if any(each is None for each in told):
@@ -308,8 +315,8 @@ def _forms(looked: Looked, ranks: Sequence[Handed], name: str) -> _Forms | None:
             if not _wrong(given, looked, summed):
                 right[_PARTS] = summed
         if right:
-            return right
-    return {}
+            return right, factor
+    return {}, 1.0
 
 
 def _placed(law_MH: Tensor, rows: slice, found_mH: Tensor) -> Tensor:
@@ -387,8 +394,11 @@ def _failed(name: str, forms: Mapping[str, _Forms]) -> str:
 
 def _behind(looked: Looked, forms: Mapping[str, _Forms], stage: str) -> str:
     """The stage, or the one before it that brought most of the error along, being itself just within its limits."""
-    if stage in ("routed", "shared") or not bool(looked.wrong_RM.any()):
+    # a row on another legal route is far from the law's in every part
+    rows_RM = looked.wrong_RM & ~near_ties(looked.given, looked.precision)
+    if stage in ("routed", "shared") or not bool(rows_RM.any()):
         return stage
+    looked = replace(looked, wrong_RM=rows_RM)
     output_NH = _error(looked, list(looked.outputs), looked.given.stages.output_MH)
     share, parts = looked.given.spec.output.share, {}
     for name in ("routed", "shared"):

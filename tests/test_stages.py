@@ -60,7 +60,7 @@ def test_no_stage_of_a_right_layer_is_called_wrong(grid: str, dtype: str):
         assert placed.stage in BEHIND, f"{case}: {placed}"
         assert {"logits", "topk_ids", "topk_weights", "routed", "sum"} <= placed.read.keys(), f"{case}: {placed}"
         assert ("shared" in placed.read) == (case.spec.shared is not None)
-        summed = {name for name, how in placed.read.items() if how == "right, summed over ranks"}
+        summed = {name for name, how in placed.read.items() if how.startswith("right, summed over ranks")}
         partial = case.grid.tp > 1 and case.grid.sp == 1
         assert ("routed" in summed) == partial, f"{case}: {placed}"
 
@@ -99,6 +99,17 @@ def test_options_of_the_runner_hand_out_right_stages(options: str):
                 assert "sum" in placed.read, f"{case}: {placed}"
                 tried += 1
     assert tried > 0
+
+
+def test_it_is_said_of_each_stage_what_it_is():
+    def read(case: str) -> dict[str, str]:
+        return _placed(parse(case), resolve("runner")).read
+
+    assert read("deepseek_v3@tp2+scale=router")["routed"] == "right, summed over ranks, times s"
+    assert read("deepseek_v3@tp2+scale=output")["routed"] == "right, summed over ranks"
+    assert read("deepseek_v3@tp2+kernel=reduced.scale=kernel")["routed"] == "right, on every rank, times s"
+    assert read("deepseek_v3@tp2.fp16+scale=output")["sum"] == "right, summed over ranks, times 1/s"
+    assert read("nemotron_h@tp2")["routed_reduced"].startswith("right, on every rank")
 
 
 def test_slots_of_shared_experts_make_no_routed_stage_and_do_not_hide_the_router():

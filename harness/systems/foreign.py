@@ -1,8 +1,9 @@
 """Anybody's own layer, from a file or a module: path/to/file.py:build, package.module:build, or an installed plugin.
 
 The contract (README, "Bring your own layer"): build(spec, weights, comm) -> forward(hidden_states) -> hidden_states;
-forward may carry output_unit and stages() (docs/instruments.md, "Stages"); beside build, if not every case can be built, supports(case) -> None | "reason"; and quant = ("int8",) if it can load
-experts that are stored so (`w13_scale` and `w2_scale` are then among the weights).
+forward may carry output_unit and stages() (docs/instruments.md, "Stages"). Beside build, if not every case can be built,
+supports(case) -> None | "reason"; and quant = ("int8",) if it can load experts that are stored so (`w13_scale` and
+`w2_scale` are then among the weights).
 """
 
 from __future__ import annotations
