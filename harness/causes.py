@@ -80,9 +80,9 @@ def find_causes(reading: Reading, lawful: dict[str, str], has_scale: bool, layou
                 continue  # a second cause has parts of its own
             found.append(cause)
             left = unexplained(reading, lawful, found)
-    times = reading.symbols.get("input", "").removesuffix("*s")
-    if "input" in left and times.isdecimal():
-        told = f"the layer adds its input x {times} times: the residual belongs to the caller"
+    if "input" in left:
+        times = f"times {reading.symbols['input']}"
+        told = f"the layer adds its input x, {times}: the residual belongs to the caller"
         found.append(Cause("H1", {"input": reading.symbols["input"]}, told))
     return found
 

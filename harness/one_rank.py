@@ -57,14 +57,24 @@ def one_expert_story(evidence: Evidence) -> Story | None:
     """A wrong law that one or two experts follow alone, those that all wrong tokens visit and no right one does."""
     given, wrong_M = evidence.given, evidence.wrong_RM.any(0)
     rows = (evidence.decided_M & wrong_M).nonzero()[:, 0]
-    experts = suspects(given.stages.topk_ids_MK, wrong_M)
-    if not experts or len(rows) < 2 or given.spec.vision is not None or not evidence.ranks_agree:
+    able = suspects(given.stages.topk_ids_MK, wrong_M)
+    if not able or len(rows) < 2 or given.spec.vision is not None or not evidence.ranks_agree:
         return None
+    for experts in ([e] for e in able) if len(able) > 1 else ():
+        told = _of_those_experts(evidence, experts, rows)
+        if told is not None:
+            return told
+    return _of_those_experts(evidence, able, rows)
+
+
+def _of_those_experts(evidence: Evidence, experts: list[int], rows: Tensor) -> Story | None:
+    given = evidence.given
     alone = of_experts(given, experts)
     target_mH = (evidence.assembled_MH - given.stages.output_MH)[rows]
     limit_m = RESIDUAL_LIMIT * (evidence.naive_M + evidence.naive_M.mean())[rows]
     fits: dict[tuple[str, str], float] = {}
-    laws = [v for v in variants(alone, None, 1) if v.stage == "routed"]
+    # what takes the weights of other experts, which are 0 here, is asked below
+    laws = [v for v in variants(alone, None, 1) if v.stage == "routed" and v.family not in ("F7", "G8")]
     for variant in (*laws, *_with_those_of_another(given, alone, experts)):
         try:
             change_mH = (variant.compute().output_MH - alone.stages.output_MH)[rows]

@@ -1,4 +1,4 @@
-"""Sizes that are one number on a grid are told apart on another one: what does the probe read of the same layer there?"""
+"""A factor that is a size of the grid may be a constant, or another size: what does the probe read on another grid?"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from harness.algebra import Evidence, Reading, named_factors, other_names
 from harness.case import Case, Grid
+from harness.causes import sizes_in
 from harness.diagnose import Diagnosis, algebra_sentence
 from harness.errors import UsageError
 from harness.layout import Layout
@@ -23,9 +24,9 @@ _HINT = re.compile(r"; at [\w.]+=\d+ it could also be a factor of [^;:(]+, anoth
 def told_apart(cause: Diagnosis, seen: Evidence, case: Case, ask: Callable[[Case], Asked]) -> Diagnosis:
     """The cause with the one factor that both grids have; without a name if the other grid reads something else.
 
-    Left as it is where its factors are no others by accident, or where the other grid shows no fault at all.
+    Left as it is where no factor is a size of the grid, or where the other grid shows no fault at all.
     """
-    if not cause.coefficients or _HINT.search(cause.sentence) is None:
+    if not any(sizes_in(symbol, seen.layout) for symbol in cause.coefficients.values()):
         return cause
     for grid, dtype in itertools.product(_others(case), dict.fromkeys((case.dtype, "fp32"))):
         try:

@@ -8,10 +8,16 @@ from collections import Counter
 
 import pytest
 
+from harness.case import Grid
+from harness.check import check
 from harness.errors import UsageError
 from harness.faults.bank import bank
 from harness.faults.corpus import FAMILIES, NOT_PLANTED, REASONS, Thread, threads
+from harness.faults.fault import Fault, FaultyRunner
 from harness.faults.listing import listing
+from harness.faults.plant import put
+from harness.finding import Verdict
+from tests.drawn_layers import ZeroExpertCase
 
 STAGES = {"scale", "reduce", "order", "routing", "shared", "expert", "shape"}
 WITHOUT_A_THREAD = {"nemotron-latent-bias-times-tp"}
@@ -57,6 +63,48 @@ def test_every_family_of_a_public_bug_is_planted_or_listed_as_not_planted():
     assert asked - planted - set(NOT_PLANTED) == set(), "plant these, or say in NOT_PLANTED why not"
     assert set(NOT_PLANTED) & planted == set(), "planted by now: take these from NOT_PLANTED"
     assert set(NOT_PLANTED) <= set(FAMILIES)
+
+
+def _real_ones_too(layer, comm):
+    """Tokens of an identity expert reach a real one as well."""
+    split, count = layer.runner.router.split, layer._spec.routing.num_experts
+
+    def wrong(x_MH, weights_MK, ids_MK):
+        zero_MH, _, _ = split(x_MH, weights_MK, ids_MK)
+        return zero_MH, weights_MK, ids_MK % count
+
+    put(layer.runner, "router", _Splitting(layer.runner.router, wrong))
+
+
+def _columns_left_out(layer, comm):
+    """The identity kernel writes whole blocks of 48 columns alone."""
+    split = layer.runner.router.split
+
+    def wrong(x_MH, weights_MK, ids_MK):
+        zero_MH, *rest = split(x_MH, weights_MK, ids_MK)
+        zero_MH[:, 48:] = 0.0
+        return zero_MH, *rest
+
+    put(layer.runner, "router", _Splitting(layer.runner.router, wrong))
+
+
+class _Splitting:
+    """A router of identity experts that splits them off in its own way."""
+
+    scales = True
+
+    def __init__(self, right, split):
+        self.select_experts, self.split = right.select_experts, split
+
+
+@pytest.mark.parametrize("grid", [Grid(), Grid(tp=2, ep=2), Grid(tp=2, ep=4, dp=2)], ids=str)
+@pytest.mark.parametrize("layer", [None, _real_ones_too, _columns_left_out])
+def test_identity_experts_are_shown_wrong_on_a_page_patched_to_have_them(grid, layer):
+    case = ZeroExpertCase(model="deepseek_v3", grid=grid, tokens=33, scale="router")
+    fault = Fault(name="", family="D14", computes="", references=(), case="", words="", layer=layer)
+    finding = check(case, FaultyRunner(fault), alone=True)
+    assert finding.verdict is (Verdict.OK if layer is None else Verdict.MISMATCH), finding.diagnosis
+    assert finding.family is None
 
 
 def test_every_family_of_the_table_is_planted_or_has_a_public_bug_or_a_reason():

@@ -76,7 +76,7 @@ FAMILIES = {
     "G5": "NaN of padding reaches real rows",
     "G6": "NaN or infinite scores choose one expert again and again",
     "G7": "no tokens at all",
-    "G8": "offsets of 32 bits",
+    "G8": "offsets that are too short for what they address",
     "G9": "token lists wrong for some numbers of tokens",
     "P1": "a part rounded to a shorter dtype on its way",
 }
@@ -87,7 +87,7 @@ REASONS = {
     "unclear": "the thread does not tell what was wrong",
     "crash": "it raises at load or at a call with the right shapes; there is no wrong number",
     "training": "gradients, losses or statistics of training",
-    "size": "shows beyond 2^31 elements, tens of gigabytes",
+    "size": "shows beyond 2^31 elements, tens of gigabytes; the bank has its arithmetic on shorter integers (G8)",
     "quantised": "block scales or alignments of 4- and 8-bit formats",
     "adapter": "LoRA adapters, which the layer does not have",
     "layers": "shows in the residual stream or in another layer",
@@ -98,9 +98,8 @@ REASONS = {
 
 # Families without a fault in the bank, and why.
 NOT_PLANTED: dict[str, str] = {
-    "C3": "no page has a norm behind its latent projection",
-    "D14": "no page has identity experts",
-    "G8": "needs more than 2^31 elements",
+    "C3": "no page has a norm behind its latent projection, and the law has no place for one",
+    "D14": "no page has identity experts; on a page patched to have them the tests show it",
 }
 
 

@@ -349,7 +349,7 @@ IDENTITY = (
         name="copies_never_loaded", family="F8", computes="E(copy) = junk",
         references=("vllm-project/vllm-ascend#13161", "vllm-project/vllm-ascend#5311"),
         grids=_COPIES,
-        case="mixtral@tp2.ep2.tokens33+placement=replicas", words="unknown", applies=_has_copies, layer=_copies(_junk),
+        case="mixtral@tp2.ep2.tokens33+placement=replicas", words="rows wrong", applies=_has_copies, layer=_copies(_junk),
     ),
     Fault(
         name="copies_left_zero", family="F8", computes="E(copy) = 0", references=("vllm-project/vllm-ascend#13161",),

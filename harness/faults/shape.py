@@ -16,8 +16,10 @@ from harness.comm import Communicator
 from harness.faults.applies import both, has_experts_elsewhere, takes_rows
 from harness.faults.fault import Fault
 from harness.faults.plant import Apply, Plant, Routes, experts, put, rerouted
+from harness.faults.rules import tensors
 from harness.runner.experts import TorchExperts
 from harness.runner.layer import FusedMoE
+from reference.spec import MoESpec
 
 
 def _held(inner: TorchExperts) -> int:
@@ -144,6 +146,15 @@ def _without_tokens(case: Case) -> bool:
     return any(rows.stop == rows.start for rows in case.rows) and case.grid.sp == 1
 
 
+# ---- G8: offsets that do not fit their integer
+
+
+def _offsets_wrap(spec: MoESpec, stored: Tensor) -> Tensor:
+    """The arithmetic of 32 bits on an integer that the twin's w13 outgrows: the largest power of two that is too small."""
+    offsets = torch.arange(stored.numel()) % 2 ** ((stored.numel() - 1).bit_length() - 1)
+    return stored.flatten()[offsets].view(stored.shape)
+
+
 # ---- G9: lists of tokens
 
 
@@ -251,6 +262,12 @@ FAULTS: tuple[Fault, ...] = (
         name="stale_without_work", family="G7", computes="R + what stood in the buffer", references=("ROCm/Megatron-LM#155",),
         grids=("tp8.ep8.tokens1", "tp8.ep8.bf16.tokens1", "tp2.ep8.dp4.tokens1_0_1_0"),
         case="mixtral@tp4.ep4.tokens1", words="y = R + 2*x", also=("H1", "G2"), applies=_rows_elsewhere, layer=experts(_stale_without_work),
+    ),
+    Fault(
+        name="offsets_too_short", family="G8", computes="late experts read from the start of w13, by shorter integers than 32 bits",
+        references=("linkedin/Liger-Kernel#1296", "vllm-project/vllm#45907", "vllm-project/vllm#50220"),
+        case="mixtral@tokens33", words="offsets that wrap at 2^15", applies=lambda case: case.quant == "none",
+        weights=tensors(_offsets_wrap, "w13"),
     ),
     Fault(
         name="first_token_alone", family="G9", computes="each expert serves one token", references=("vllm-project/vllm-xpu-kernels#453",),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -39,6 +40,8 @@ FOUND_AT_LEAST = 0.99
 NAMED_AT_LEAST = 0.95
 OUTCOMES = ("named", "unknown", "misnamed", "equivalent", "missed")
 _LIMIT_S = 60.0
+# Factors that the probe is asked about on a second grid.
+_SIZES = re.compile(r"\b(tp|ep|dp|ranks|moe\.tp)\b")
 _LINES = 40
 
 
@@ -158,8 +161,8 @@ def _checked(case: Case, system: FaultyRunner) -> tuple[Finding, list[Tensor] | 
     if run.broken is not None:
         return check(case, system), None
     finding = judge(case, system, given, run)
-    unsure = finding.family is None or "it could also be" in finding.diagnosis
-    if finding.verdict is not Verdict.MISMATCH or unsure:
+    sizes = _SIZES.search(finding.diagnosis.partition(" instead of ")[0]) is not None
+    if finding.verdict is not Verdict.MISMATCH or finding.family is None or sizes:
         finding = check(case, system)
     return finding, [whole_output(out, given) for out in run.ranks]
 

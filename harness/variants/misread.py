@@ -41,6 +41,10 @@ def tables(given: Problem, picks_MK: Tensor | None, blocks: Sequence[Tensor]) ->
             yield Variant(
                 "D15", "topk_weights", f"the table of weights {what}", partial(_by_weights, given, blocks, read)
             )
+    for k in range(1, stages.topk_ids_MK.shape[1]):
+        for j in dict.fromkeys((0, k - 1)):
+            told = f"choice {k + 1} of each token is choice {j + 1} again, with its own weight"
+            yield Variant("D13", "topk_ids", told, partial(_by_ids, given, blocks, partial(_again, k, j)))
     for what, read in _OF_IDS.items():
         yield Variant("D15", "topk_ids", f"the table of ids {what}", partial(_by_ids, given, blocks, read))
 
@@ -49,7 +53,7 @@ def matrices(given: Problem, tp: int) -> Iterator[Variant]:
     """Weights in the layout of their transpose, whole or piece by piece, in another short dtype, or one column too late."""
     if given.is_quantised:
         return
-    own, shared = _Matrices(given, "", "routed", tp), _Matrices(given, "shared_", "shared", 1)
+    own, shared = _Matrices(given, "", "routed"), _Matrices(given, "shared_", "shared")
     for side in (own, shared) if given.spec.shared is not None else (own,):
         for names in (("w13",), ("w2",), ("w13", "w2")):
             yield side.variant(names, "taken for those of the transpose", _transposed)
@@ -60,6 +64,12 @@ def matrices(given: Problem, tp: int) -> Iterator[Variant]:
             if given.dtype is dtype:
                 told = f"stored as {_SHORT[dtype]} and read as {_SHORT[other]}"
                 yield side.variant(("w13", "w2"), told, partial(_as_dtype, dtype, other))
+    for side in (own, shared) if given.spec.shared is not None else (own,):
+        for name in ("w13", "w2"):
+            for bits in range(10, (given.exact[side.prefix + name].numel() - 1).bit_length()):
+                yield side.variant(
+                    (name,), f"addressed by offsets that wrap at 2^{bits}", partial(_wrapped, bits), "G8"
+                )
     latent = [name for name in ("fc1_latent", "fc2_latent") if name in given.exact]
     for name in (*latent, "router_weight"):
         family, stage = ("D9", "logits") if name == "router_weight" else ("F2", "output")
@@ -70,13 +80,15 @@ def matrices(given: Problem, tp: int) -> Iterator[Variant]:
 class _Matrices:
     """The matrices of the routed or of the shared experts. prefix: of their names.    stage: of a Variant."""
 
-    def __init__(self, given: Problem, prefix: str, stage: str, tp: int) -> None:
-        self._given, self._prefix, self._stage = given, prefix, stage
+    def __init__(self, given: Problem, prefix: str, stage: str) -> None:
+        self._given, self.prefix, self._stage = given, prefix, stage
 
-    def variant(self, names: Sequence[str], what: str, change: Callable[[Tensor], Tensor]) -> Variant:
+    def variant(
+        self, names: Sequence[str], what: str, change: Callable[[Tensor], Tensor], family: str = "F2"
+    ) -> Variant:
         told = f"the bytes of {' and '.join(names)} are {what}, in the {self._stage} experts"
-        whole = [self._prefix + name for name in names]
-        return Variant("F2", self._stage, told, partial(_changed, self._given, whole, change))
+        whole = [self.prefix + name for name in names]
+        return Variant(family, self._stage, told, partial(_changed, self._given, whole, change))
 
 
 def _changed(given: Problem, names: Sequence[str], change: Callable[[Tensor], Tensor]) -> Stages:
@@ -87,6 +99,12 @@ def _changed(given: Problem, names: Sequence[str], change: Callable[[Tensor], Te
 def _transposed(stored: Tensor) -> Tensor:
     """The bytes of [.., a, b] as those of [.., b, a], back in the shape that is asked for."""
     return stored.reshape(*stored.shape[:-2], stored.shape[-1], stored.shape[-2]).mT
+
+
+def _wrapped(bits: int, stored: Tensor) -> Tensor:
+    """Offsets of an integer that is too short for them: what lies beyond is read from the start again."""
+    offsets = torch.arange(stored.numel()) % 2**bits
+    return stored.flatten()[offsets].view(stored.shape)
 
 
 def _piece_transposed(tp: int, transposed: bool, stored: Tensor) -> Tensor:
@@ -145,6 +163,10 @@ _OF_IDS: dict[str, Reading] = {
         ids.contiguous().flatten().view(torch.int32)[: ids.numel()].long().view(ids.shape)
     ),
 }
+
+
+def _again(k: int, j: int, ids_mK: Tensor) -> Tensor:
+    return ids_mK.index_copy(1, torch.tensor([k]), ids_mK[:, j : j + 1])
 
 
 def _block_by_block(table: Tensor, blocks: Sequence[Tensor], read: Reading) -> Tensor:
