@@ -211,15 +211,21 @@ def may_travel(layer: Routed, kernel: str) -> bool:
     grid, monolithic = GRIDS[layer.grid], layer.experts == "monolithic"
     if not has_transport(grid, kernel):
         return False
-    if kernel in ALL_TO_ALL and layer.experts not in ("auto", "batched" if kernel == "deepep_ll" else "slots"):
-        return False  # one hands over rows by expert, the others rows
+    if kernel in ALL_TO_ALL and layer.experts not in ("auto", "slots"):
+        return False
+    if (kernel, layer.experts) == ("deepep_ll", "slots"):
+        return False  # it hands over rows by expert, the others rows
     if layer.placement != "linear" and grid.ep == 1:
         return False  # every rank has a piece of all experts
     if monolithic and (layer.placement in ("permuted", "replicas", "moved") or layer.beside in ("fused", "zero")):
         return False  # it routes by itself, to experts in their own order
     if layer.beside == "fused" and grid.ep > 1:
         return False
-    return layer.beside != "shared" or layer.experts in ("auto", "monolithic")  # a module that never sees the experts
+    if layer.experts in ("slots", "batched") and (layer.beside == "shared" or (layer.beside == "zero" and grid.ep > 1)):
+        return (
+            False  # not asked: a module never sees the rows; slots of zero experts arrive as those of distant ones do
+        )
+    return True
 
 
 def dispatch() -> Iterator[tuple[int, Routed, tuple[str, ...]]]:

@@ -19,7 +19,7 @@ import torch
 
 import reference.certificate as judge
 from harness.case import KERNELS, parse_grid
-from harness.certify import certificate, certify, law, pieces, replay, states
+from harness.certify import certificate, certify, law, pieces, replay, stacked, states
 from harness.certify.dispatch import axes
 from harness.certify.ranks import on_ranks
 from harness.certify.states import LayerState
@@ -92,7 +92,7 @@ def test_a_right_runner_gives_the_law_in_every_state_of_a_grid():
     assert not walked.wrong
     assert walked.states == 72368
     assert 4000 < walked.runs < 8000
-    assert walked.apart == 16, "the transports of this grid, rank by rank"
+    assert walked.apart == 8, "the transports of this grid, rank by rank"
 
 
 def test_a_plan_that_is_wrong_for_one_transform_in_sequence_parallelism_on_one_grid_is_found(monkeypatch):
@@ -223,6 +223,34 @@ def test_a_forward_that_looks_at_the_plan_before_is_run_after_every_swap(monkeyp
         ("reduced", "two_batches_first"), ("reduced", "two_batches_after_partial"),
     }  # fmt: skip
     assert {word["dtype"] for word in found} == {"fp32", "fp16"}
+
+
+def test_an_order_that_the_kernel_chooses_is_found_wrong_though_each_order_that_is_asked_for_is_right(monkeypatch):
+    right = MoERunner.reduce_and_trunc
+
+    def reduce(self, rows, width, plan):
+        chosen = self.shared_order == "auto" and plan.shared_order is SharedExpertsOrder.MK_INTERNAL_OVERLAPPED
+        return right(self, rows * 2 if chosen else rows, width, plan)
+
+    monkeypatch.setattr(MoERunner, "reduce_and_trunc", reduce)
+    where = PLAIN | {"shared": "sharded", "scaling": "absent", "latent": "none", "zero": "no"}
+    walked = walk("tp2.ep2", **where)
+    found = [each.state for each in walked.wrong]
+    assert walked.wrongs == 2 * 2 * 12  # two kernels of six, both dtypes, all histories
+    assert all("order=auto" in each and ("kernel=deepep_ht" in each or "kernel=deepep_ll" in each) for each in found)
+
+
+def test_layers_that_have_to_give_something_else_are_never_taken_for_one_another(monkeypatch):
+    """Here no runner sees s any more: all layers do the same, and those with s are wrong."""
+    spec_of = states.spec_of
+    monkeypatch.setattr(stacked, "spec_of", lambda layer: spec_of(layer._replace(scaling="absent")))
+    where = PLAIN | {"shared": "none", "latent": "none", "zero": "no", "order": "auto"}
+    assert not walk("tp1", **where | {"scaling": "absent"}).wrong
+    found = wrong_states(walk("tp1", **where | {"scaling": "router"}))
+    assert {word["scaling"] for word in found} == {"router"}
+    walked = walk("tp1", **where)
+    assert {each.state.split("scaling=")[1].split()[0] for each in walked.wrong} >= {"router", "plain"}
+    assert walked.wrongs == 4 * 16
 
 
 def test_an_order_that_is_asked_for_outside_the_plan_is_found_in_that_order(monkeypatch):

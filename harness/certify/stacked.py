@@ -379,13 +379,18 @@ def _nothing_yet(call: Call) -> NoReturn:
 def described(router: FusedMoERouter) -> tuple[Any, ...]:
     """Its class and the numbers in it, down to the innermost."""
     parts: list[Any] = [type(router)]
-    for name in router.__dataclass_fields__:  # type: ignore[attr-defined]
+    for name in _fields(type(router)):
         value = getattr(router, name)
         if name == "inner":
             parts.append(described(value))
         elif not isinstance(value, Tensor):
             parts.append(value)
     return tuple(parts)
+
+
+@functools.cache
+def _fields(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(kind.__dataclass_fields__)
 
 
 class Kept:

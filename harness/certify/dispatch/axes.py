@@ -105,14 +105,23 @@ def refusal(layer: Layer, kernel: str) -> str | None:
     """Why no such layer may be built or placed anew, in the layer's own words."""
     if layer.placement == "moved" and parse_grid(layer.grid).ep == 1:
         return "placement=moved: every rank holds a piece of all experts"
-    if layer.beside == "shared" and layer.experts in ("slots", "batched"):
-        return "beside=shared: asked once, with experts=auto; they meet the transport in when they run, never its rows"
+    if layer.experts in ("slots", "batched") and not _asked(layer, kernel):
+        return "the same as with experts=auto, which is asked"
     try:
         for later in (False, True):
             check_settings(spec_of(layer), settings_of(layer, kernel, later), states.parallel_of(layer.grid))
     except ValueError as error:
         return str(error)
     return None
+
+
+def _asked(layer: Layer, kernel: str) -> bool:
+    """Of experts that leave the weighing to the finalize. Not asked are: shared experts as a module, which meets the kernel
+    in when it runs and never its rows; zero experts beside other ranks, whose slots are -1 behind a dispatch, as those of
+    every expert on another rank are; and batched ones behind deepep_ll, since "auto" is that.
+    """
+    apart = layer.beside == "shared" or (layer.beside == "zero" and parse_grid(layer.grid).ep > 1)
+    return not apart and (layer.experts, kernel) != ("batched", "deepep_ll")
 
 
 @functools.cache
