@@ -221,11 +221,9 @@ def may_travel(layer: Routed, kernel: str) -> bool:
         return False  # it routes by itself, to experts in their own order
     if layer.beside == "fused" and grid.ep > 1:
         return False
-    if layer.experts in ("slots", "batched") and (layer.beside == "shared" or (layer.beside == "zero" and grid.ep > 1)):
-        return (
-            False  # not asked: a module never sees the rows; slots of zero experts arrive as those of distant ones do
-        )
-    return True
+    # not asked of these: a module never sees the rows; slots of zero experts come to experts as those of distant ones do
+    finalized = layer.experts in ("slots", "batched")
+    return not (finalized and (layer.beside == "shared" or (layer.beside == "zero" and grid.ep > 1)))
 
 
 def dispatch() -> Iterator[tuple[int, Routed, tuple[str, ...]]]:
