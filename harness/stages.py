@@ -27,6 +27,8 @@ ORDER = (
 # Logits of layers from outside may be off by so many of the dtype's roundings of all addends together, ours by as many
 # of the logit itself.
 _LOGITS = 4.0
+# Behind a norm each number of a token is stored three times: so many roundings of a random walk are 16 deviations.
+_NORMED = 12.0
 # Scores and weights may be off by this many roundings beside what the logits' error makes of them.
 _WEIGHTS = 16.0
 # A row that is off by so many errors of the naive run, and by such a share of its length, needs no error analysis.
@@ -173,15 +175,20 @@ def _logits_right(looked: Looked, rank: Handed, rows: slice, found_mE: Tensor) -
 def _logits_error(given: Problem, precision: RouterPrecision, exact: bool) -> Tensor:
     """What logits may be off by, [M, E]: roundings of the products, of their sum and, where a norm comes first, of it."""
     x_MH, half = given.tokens.hidden_states.double().abs(), torch.finfo(given.dtype).eps / 2
-    addends_ME = x_MH @ given.exact["router_weight"].abs().T
+    weight_EH, epsilon = given.exact["router_weight"].abs(), given.spec.routing.router_norm_epsilon
+    if epsilon is not None:
+        x_MH = x_MH * torch.rsqrt(x_MH.square().mean(-1, keepdim=True) + epsilon) * x_MH.shape[1] ** -0.5
+        x_MH = x_MH * given.exact["router_scale"].abs()
+    addends_ME = x_MH @ weight_EH.T
     if given.spec.vision is not None:
         addends_ME = torch.maximum(addends_ME, x_MH @ given.exact["vision_router_weight"].abs().T)
-    if given.spec.routing.router_norm_epsilon is not None:
-        addends_ME = x_MH.shape[1] ** 0.5 * given.stages.logits_ME.abs().amax(-1, keepdim=True).expand_as(addends_ME)
     u = half if precision.logits == "model" else 2.0**-24
-    normed = half if given.spec.routing.router_norm_epsilon is not None else 0.0
-    stored_ME = given.stages.logits_ME.abs() if exact else addends_ME
-    return _LOGITS * u * stored_ME + (x_MH.shape[1] * 2.0**-24 + 4 * normed) * addends_ME
+    error_ME = _LOGITS * u * (given.stages.logits_ME.abs() if exact else addends_ME)
+    error_ME = error_ME + x_MH.shape[1] * 2.0**-24 * addends_ME
+    if epsilon is None:
+        return error_ME
+    spread_ME = (x_MH.square() @ weight_EH.square().T).sqrt()  # each number of the token is rounded for itself
+    return error_ME + half * (_NORMED * spread_ME if exact else _LOGITS * addends_ME)
 
 
 def _scores_right(looked: Looked, rank: Handed, rows: slice, found_mE: Tensor) -> bool:
