@@ -30,6 +30,7 @@ from harness.algebra import (
     serves_nobody,
 )  # fmt: skip
 from harness.causes import Cause, find_causes, sizes_in, uneven_causes, uneven_shares, unexplained
+from harness.coarse_scores import coarse_scores_story
 from harness.layout import Layout
 from harness.many_rows import many_rows_story
 from harness.mixtures import mixture_story
@@ -93,6 +94,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         or _placed(expert_story(evidence))
         or _placed(other_rows_story(evidence))
         or _placed(one_expert_story(evidence))
+        or _placed(coarse_scores_story(evidence, recovered))
         or _placed(visits_story(evidence, recovered))
         or _some_rows_cause(evidence, symbolic=False)
         or _told(many_rows_story(evidence) or unknown_story(evidence))
@@ -290,10 +292,11 @@ def _some_rows_cause(evidence: Evidence, *, symbolic: bool) -> Diagnosis | None:
     right_RM = ~evidence.wrong_RM & evidence.decided_M & evidence.held_RM
     if not bool(rows_RM[off].any(1).all()) or not bool(right_RM[off].any(1).all()):
         return None
+    by_share = symbolic and not evidence.ranks_agree  # else a share that some tokens lack may be an expert's
     readings = {
         rank: (
             read_whole(evidence, rank, rows_RM[rank])
-            or (read_shares(evidence, rank, rows_RM[rank]) if symbolic else None)
+            or (read_shares(evidence, rank, rows_RM[rank]) if by_share else None)
             if rank in off
             else lawful_reading(evidence.given)
         )

@@ -74,7 +74,7 @@ def _of_those_experts(evidence: Evidence, experts: list[int], rows: Tensor) -> S
     limit_m = RESIDUAL_LIMIT * (evidence.naive_M + evidence.naive_M.mean())[rows]
     fits: dict[tuple[str, str], float] = {}
     # what takes the weights of other experts, which are 0 here, is asked below
-    laws = [v for v in variants(alone, None, 1) if v.stage == "routed" and v.family not in ("F7", "G8")]
+    laws = [v for v in variants(alone, None, 1) if v.stage == "routed" and v.family not in ("F7", "G8", "P1")]
     for variant in (*laws, *_with_those_of_another(given, alone, experts)):
         try:
             change_mH = (variant.compute().output_MH - alone.stages.output_MH)[rows]

@@ -45,9 +45,12 @@ def wrong_law_story(evidence: Evidence, recovered: Recovered | None, *, recent: 
     picks_MK = None if recovered is None else recovered.picks_MK
     told_by_router = recoverable(evidence.given)
     fits: list[_Fit] = []
+    small = _is_small(evidence)
     blocks = tuple(rows_by_set(evidence).values())
     for variant in variants(evidence.given, picks_MK, evidence.layout.grid.moe_tp, evidence.layout, blocks):
         if recent and (variant.family, variant.sentence) not in _recent:
+            continue
+        if variant.family == "P1" and not small:
             continue
         may_be_a_factor = variant.family == "F10"  # a scale that is off in all channels alike is one
         if told_by_router and (recovered is None) is variant.routes and not may_be_a_factor:
@@ -84,6 +87,17 @@ def wrong_law_story(evidence: Evidence, recovered: Recovered | None, *, recent: 
 # faults, and those that fitted by accident 2 and more), and a third of what the law leaves.
 _LEFT = 1.75
 _BETTER = 3.0
+
+
+# Of its length, what a row may be off by where numbers pass through fp8.
+_SHORTEST = 0.15
+
+
+def _is_small(evidence: Evidence) -> bool:
+    """Whether a rounding could be all of the error."""
+    law_MH = evidence.given.stages.output_MH
+    off_RM = torch.stack([(output - law_MH).norm(dim=-1) for output in evidence.outputs])
+    return float((off_RM / law_MH.norm(dim=-1).clamp(min=1e-30))[evidence.wrong_RM].median()) < _SHORTEST
 
 
 # Numbers that lie so near the middle of two short ones that the layer's arithmetic rounds them the other way.

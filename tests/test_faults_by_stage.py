@@ -20,8 +20,6 @@ NAMELESS = {
     "copies_never_loaded", "bias_for_nobody",
     # the call fails, which needs no arithmetic
     "a_row_for_no_rows", "no_rows_refused",
-    # its numbers depend on a constant that is not ours
-    "bias_taken_off_again",
 }  # fmt: skip
 ROWS = {
     "D": {*range(1, 13), 13, 15},  # 13: how many are chosen; no page routes by hash or to identity experts

@@ -13,10 +13,11 @@ from harness.case import parse
 from harness.check import check
 from harness.comm import Communicator
 from harness.faults.fault import Fault, FaultyRunner
-from harness.faults.plant import answering, experts, logits, rerouted, sharing
+from harness.faults.plant import answering, experts, logits, rerouted, routing, sharing
 from harness.faults.reduce import reducing, scattering
 from harness.faults.rules import tensors
 from harness.finding import Finding, Verdict
+from harness.runner.router import FusedMoERouter
 from reference.spec import MoESpec
 
 
@@ -140,6 +141,34 @@ def test_a_rounding_is_named_by_its_numbers_and_not_by_its_size():
         return t * (1 + 2.0**-9 * torch.rand(t.shape, generator=torch.Generator().manual_seed(0)).sub(0.5)).to(t.dtype)
 
     finding = found("mixtral@tp2.tokens33", **stored(shaken, "w13"))
+    assert finding.family is None, finding.diagnosis
+
+
+def of_scores(change: Callable[[Tensor, Tensor], Tensor]) -> dict[str, object]:
+    """The router's weights from other scores: (scores, correction bias) -> scores."""
+
+    def select(right: FusedMoERouter, logits_ME: Tensor) -> tuple[Tensor, Tensor]:
+        ids_MK, bias_E = right.select_experts(logits_ME)[1], right.bias_E  # type: ignore[attr-defined]
+        weights_MK = change(logits_ME.float().sigmoid(), bias_E).gather(1, ids_MK)
+        return weights_MK / weights_MK.sum(-1, keepdim=True) * right.scale, ids_MK  # type: ignore[attr-defined]
+
+    return {"layer": routing(select)}
+
+
+def test_a_bias_taken_off_again_in_bf16_is_told_with_and_without_an_offset():
+    def taken_off(offset: float) -> dict[str, object]:
+        return of_scores(
+            lambda scores, bias: ((scores + bias + offset).bfloat16() - (bias + offset).bfloat16()).float()
+        )
+
+    plain, far = (found("sarvam_moe@tp2.tokens33", **taken_off(offset)) for offset in (0.0, 16.0))
+    assert plain.family == far.family == "D4"
+    assert "added to the scores and taken off again in bf16" in plain.diagnosis
+    assert "the scores are multiples of" in far.diagnosis
+
+
+def test_scores_rounded_to_the_nearest_eighth_are_no_bias_that_was_taken_off():
+    finding = found("sarvam_moe@tp2.tokens33", **of_scores(lambda scores, bias: (scores * 8).round() / 8))
     assert finding.family is None, finding.diagnosis
 
 

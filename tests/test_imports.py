@@ -59,6 +59,7 @@ TABLE = [
     ("harness.algebra", "", None),
     ("harness.misplaced", "", "harness.layout"),
     ("harness.recover", "", None),
+    ("harness.coarse_scores", "", None),
     ("harness.mixtures", "", None),
     ("harness.other_rows", "", None),
     ("harness.one_rank", "", None),

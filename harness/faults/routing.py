@@ -142,7 +142,7 @@ BIAS = (
     Fault(
         name="bias_taken_off_again", family="D4", computes="w = bf16(σ + b) - bf16(b)",
         references=("vllm-project/vllm#47367",),
-        case="sarvam_moe", words="the right experts have wrong weights", applies=chooses_with_bias,
+        case="sarvam_moe", words="the scores are multiples of 0.125", applies=chooses_with_bias,
         layer=routing(partial(_bias_taken_off_again, offset=32.0)),
     ),
     Fault(

@@ -249,7 +249,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         name="a_row_for_no_rows", family="G7", computes="[1, H] for [0, H]", references=("ROCm/Megatron-LM#155",),
         grids=_EMPTY,
-        case="mixtral@tp2.tokens0", words="forward returned fp32[1, 64], expected fp32[0, 64]", applies=_without_tokens,
+        case="mixtral@tp2.tokens0", words="], expected fp32[0, ", applies=_without_tokens,
         layer=_without_rows(_last_calls_row),
     ),
     Fault(

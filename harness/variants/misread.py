@@ -66,7 +66,8 @@ def matrices(given: Problem, tp: int) -> Iterator[Variant]:
                 yield side.variant(("w13", "w2"), told, partial(_as_dtype, dtype, other))
     for side in (own, shared) if given.spec.shared is not None else (own,):
         for name in ("w13", "w2"):
-            for bits in range(10, (given.exact[side.prefix + name].numel() - 1).bit_length()):
+            most = (given.exact[side.prefix + name].numel() - 1).bit_length()  # of an offset that wraps nowhere
+            for bits in range(most - 3, most):
                 yield side.variant(
                     (name,), f"addressed by offsets that wrap at 2^{bits}", partial(_wrapped, bits), "G8"
                 )

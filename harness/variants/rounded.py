@@ -152,7 +152,6 @@ def _routed(given: Problem, layout: Layout | None, dtype: torch.dtype, at: _Plac
     if rule.latent_size is not None:
         x_ML = x_ML @ weights["fc1_latent"].T
         x_ML = x_ML + weights["fc1_latent_bias"] if rule.latent_bias else x_ML
-    x_ML = _to(dtype, now=at.x)(x_ML)
     tp = layout.grid.moe_tp if layout is not None and at.out else 1
     owners = layout.owners if layout is not None and at.out else None
     share = rule.intermediate_size // tp
@@ -161,7 +160,7 @@ def _routed(given: Problem, layout: Layout | None, dtype: torch.dtype, at: _Plac
         rows, slot = (stages.topk_ids_MK == e).nonzero(as_tuple=True)
         w = stages.topk_weights_MK[rows, slot, None]
         w13, w2 = (weights[name][e].T if rule.transposed else weights[name][e] for name in ("w13", "w2"))
-        h = (x_ML[rows] * w if on_input else x_ML[rows]) @ in_w13(w13).T
+        h = _to(dtype, now=at.x)(x_ML[rows] * w if on_input else x_ML[rows]) @ in_w13(w13).T
         h = h + weights["b13"][e] if rule.bias else h
         a = _to(dtype, now=at.h)(activate(*halves_of(h, rule.activation, interleaved=interleaved), rule.activation))
         for piece in range(tp):
