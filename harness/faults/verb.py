@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import sys
 import time
 from collections import Counter
@@ -33,6 +32,7 @@ from harness.faults.fault import Fault, FaultyRunner
 from harness.finding import Finding, Verdict
 from harness.outputs import whole_output
 from harness.pool import Batch, Outcome, run_all
+from harness.probe import labelled_case, probe
 from harness.problem import problem
 from harness.report.progress import Progress
 
@@ -40,8 +40,6 @@ FOUND_AT_LEAST = 0.99
 NAMED_AT_LEAST = 0.95
 OUTCOMES = ("named", "unknown", "misnamed", "equivalent", "missed")
 _LIMIT_S = 60.0
-# Factors that the probe is asked about on a second grid.
-_SIZES = re.compile(r"\b(tp|ep|dp|ranks|moe\.tp)\b")
 _LINES = 40
 
 
@@ -152,7 +150,7 @@ def _system(fault: Fault) -> FaultyRunner:
 
 
 def _checked(case: Case, system: FaultyRunner) -> tuple[Finding, list[Tensor] | None]:
-    """What `check` says, and the output of each rank, None if there is none. The probe is asked where it can change that."""
+    """What `check` says, and the output of each rank, None if there is none."""
     given = problem(case)
     try:
         run = run_system(case, system, given)
@@ -160,10 +158,10 @@ def _checked(case: Case, system: FaultyRunner) -> tuple[Finding, list[Tensor] | 
         return check(case, system), None
     if run.broken is not None:
         return check(case, system), None
-    finding = judge(case, system, given, run)
-    sizes = _SIZES.search(finding.diagnosis.partition(" instead of ")[0]) is not None
-    if finding.verdict is not Verdict.MISMATCH or finding.family is None or sizes:
-        finding = check(case, system)
+    probed = None if case.size == "labels" else probe(labelled_case(case), system)
+    finding = judge(case, system, given, run, probed)
+    if finding.verdict is not Verdict.MISMATCH:
+        finding = check(case, system)  # the probe alone may see it
     return finding, [whole_output(out, given) for out in run.ranks]
 
 
