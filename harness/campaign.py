@@ -33,7 +33,12 @@ def run(batches: Sequence[Batch], *, jobs: int, limit_s: float, on_finding: Call
         found[key] = _finding(outcome, cases[key])
         on_finding(found[key])
 
-    run_all([Work(batch.system, tuple(map(str, batch.cases))) for batch in batches], jobs, limit_s, take)
+    work = [
+        Work(batch.system, tuple(map(str, batch.cases)), shares=batch.cases[0].model)
+        for batch in batches
+        if batch.cases
+    ]
+    run_all(work, jobs, limit_s, take)
     if found.keys() != cases.keys():
         missing = [f"{case} on {system}" for system, case in cases.keys() - found.keys()]
         raise HarnessError(f"{len(missing)} of {len(cases)} cases came back without a finding, first: {missing[0]}")

@@ -34,8 +34,8 @@ UNEVEN_BY_KERNEL = (
 
 # The routed experts stored as int8.
 QUANTISED = ("tp1", "tp4.bf16", "tp4.ep2.fp16", "tp2.ep4.dp2")
-# State and hazards: a script of some forty calls. Kernels and grids keep state, not a model's rules: of the runner's each
-# model takes _TURNS, in turn.
+# State and hazards: a script of some forty calls. Kernels and grids keep state, not a model's rules: of the runner's, and of
+# the files before it, each model takes one in turn.
 CALLED_OFTEN = (
     "tp1", "tp2.bf16", "tp2.ep4.dp2+kernel=deepep_ht", "tp4.ep4.sp4.fp16", "tp4+experts=slots", "ep3.dp3+kernel=deepep_ll",
 )  # fmt: skip
@@ -229,9 +229,9 @@ def cases_of(model: str, system: str) -> list[Case]:
         Case(model=model, grid=Grid(tp=tp), dtype=dtype, tokens=tokens)
         for tp, dtype, tokens in itertools.product(tp_sizes, DTYPES, TOKENS)
     ]
-    start = models.names().index(model) * _TURNS % len(CALLED_OFTEN)
+    turn = models.names().index(model)
     often = {
-        "runner": CALLED_OFTEN[start : start + _TURNS], "legacy": CALLED_OFTEN_BY_OTHERS[:2],
+        "runner": (CALLED_OFTEN[turn % len(CALLED_OFTEN)],), "legacy": (CALLED_OFTEN_BY_OTHERS[turn % 2],),
         "transformers": CALLED_OFTEN_BY_OTHERS[:1],
     }  # fmt: skip
     cases += [replace(parse(f"{model}@{text}"), calls="many") for text in often.get(system, CALLED_OFTEN_BY_OTHERS)]

@@ -43,11 +43,13 @@ class Batch:
     """Cases, as text, that one worker runs in order.
 
     prepare: "module:function", called in the worker with the system's name; returns what is called with each case.
+    shares: what its cases compute in common with other batches, a model's name: one worker should have them all.
     """
 
     system: str
     cases: tuple[str, ...]
     prepare: str = "harness.pool:checker"
+    shares: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +240,7 @@ def _supervise(batches: Sequence[Batch], jobs: int, limit_s: float, deliver: Cal
     try:
         while waiting or workers:
             while waiting and len(workers) < jobs:
-                workers.append(_Worker.start(waiting.popleft()))
+                workers.append(_Worker.start(_take(waiting, "", workers)))
             _sleep_until_news(workers)
             for worker in list(workers):
                 dead = worker.silent or worker.process.poll() is not None
@@ -252,13 +254,24 @@ def _supervise(batches: Sequence[Batch], jobs: int, limit_s: float, deliver: Cal
                 if loss is None and not worker.task.done:
                     continue
                 if loss is None and waiting and worker.process.poll() is None:
-                    worker.give(waiting.popleft())
+                    worker.give(_take(waiting, worker.task.batch.shares, workers))
                 else:
                     workers.remove(worker)
                     worker.kill()
     finally:
         for worker in workers:
             worker.kill()
+
+
+def _take(waiting: deque[_Task], last: str, workers: Sequence[_Worker]) -> _Task:
+    """The first task that shares what the worker did last, else the first that shares nothing with what others do."""
+    busy = {worker.task.batch.shares for worker in workers} - {""}
+    tasks = [task.batch.shares for task in waiting]
+    place = min(range(len(tasks)), key=lambda n: (not tasks[n] or tasks[n] != last, tasks[n] in busy))
+    waiting.rotate(-place)
+    task = waiting.popleft()
+    waiting.rotate(place)
+    return task
 
 
 def _sleep_until_news(workers: Sequence[_Worker]) -> None:

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from harness import known
 from harness.algebra import Evidence
 from harness.case import Case
 from harness.coefficients import read_coefficients, sources
@@ -163,7 +164,10 @@ def _not_exercised(given: Problem) -> tuple[str, ...]:
 
 
 def told_on_two_grids(cause: Diagnosis, seen: Evidence, case: Case, system: System) -> Diagnosis:
-    """A cause whose factor may be one of several sizes, with what the probe reads on another grid."""
+    """A cause whose factor may be one of several sizes, with what the probe reads on another grid; the ledger's own needs none."""
+    entry = known.expected(case, system.name, seen.given)
+    if entry is not None and known.agrees(entry, cause.coefficients, case, seen.given):
+        return cause
 
     def ask(other: Case) -> Asked:
         found = _of_one_grid(labelled_case(other), system)

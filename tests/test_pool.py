@@ -91,6 +91,21 @@ def test_batches_go_to_whichever_worker_is_free():
     assert len({outcome.payload for outcome in outcomes[:-1]}) == 1
 
 
+def test_batches_that_share_what_they_compute_go_to_one_worker():
+    outcomes: list[Outcome] = []
+    of = [("a", "first of a"), ("a", "second of a"), ("b", "first of b"), ("b", "second of b")]
+    batches = [
+        Batch("plain", (f"time.sleep(0.3); said = {told!r}, os.getpid()",), "pool_stub:prepare", shares)
+        for shares, told in of
+    ]
+    run_all(batches, 2, 20.0, outcomes.append)
+    pids = dict(outcome.payload for outcome in outcomes)
+    assert pids["first of a"] == pids["second of a"]
+    assert pids["first of a"] != pids["first of b"], (
+        "nobody takes a batch that shares with a busy worker while others wait"
+    )
+
+
 def test_a_worker_is_started_once_for_many_batches():
     assert len({outcome.payload for outcome in run(*[["said = os.getpid()"]] * 20, jobs=1)}) == 1
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_WIDE = (torch.float32, torch.float64)
+
 
 def wide(tensor: Tensor) -> Tensor:
     """In fp32. A float64 tensor stays one, so that a layer can be asked for its exact result (`harness.faults`)."""
-    return tensor if tensor.dtype is torch.float64 else tensor.float()
+    return tensor if tensor.dtype in _WIDE else tensor.float()
