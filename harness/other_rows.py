@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.algebra import RESIDUAL_LIMIT, Evidence
+from harness.layout import Layout
 from harness.recover import Story, describe_moves, each_expert, numbers_text, recoverable
 
 # Rows that are asked; and how near a slot's factor has to be to 0, its own token, or 1, the other one.
@@ -41,7 +42,9 @@ def other_rows_story(evidence: Evidence) -> Story | None:
     padding = torch.tensor(sources) == stages.output_MH.shape[0]
     if int(padding.sum()) > len(rows) // 4:
         return None  # where most rows get nothing, they are lost
-    return _told(rows[~padding], torch.tensor(sources)[~padding], torch.stack(read)[~padding], ids_mK[~padding])
+    return _told(
+        rows[~padding], torch.tensor(sources)[~padding], torch.stack(read)[~padding], ids_mK[~padding], evidence.layout
+    )
 
 
 def _source(miss_H: Tensor, change_JKH: Tensor, limit: float) -> tuple[int, Tensor] | None:
@@ -55,7 +58,7 @@ def _source(miss_H: Tensor, change_JKH: Tensor, limit: float) -> tuple[int, Tens
     return (best, read_JK[best]) if float(left_J[best]) <= limit else None
 
 
-def _told(rows: Tensor, source_m: Tensor, read_mK: Tensor, ids_mK: Tensor) -> Story | None:
+def _told(rows: Tensor, source_m: Tensor, read_mK: Tensor, ids_mK: Tensor, layout: Layout) -> Story | None:
     moved = describe_moves(source_m, "gets what its experts make of", rows)
     if moved is None:
         return None
@@ -63,6 +66,10 @@ def _told(rows: Tensor, source_m: Tensor, read_mK: Tensor, ids_mK: Tensor) -> St
         return Story("H2", "routed", f"the experts compute the rows of other tokens: {moved}")
     wrong = ids_mK[read_mK].unique().tolist()
     right = sorted(set(ids_mK[~read_mK].unique().tolist()) - set(wrong))
+    owners = layout.owners_of(wrong, ids_mK.unique().tolist())
+    if owners and right:
+        told = f"experts {numbers_text(wrong)}, {owners}, compute the rows of other tokens"
+        return Story("H2", "routed", f"{told}: {moved}")
     which = f"experts {numbers_text(wrong)}" if right and len(wrong) > 1 else "some experts"
     which = f"expert {wrong[0]}" if len(wrong) == 1 else which
     those = f", those of {numbers_text(right)} are right" if right else ""

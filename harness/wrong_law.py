@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +40,47 @@ class _Fit:
         return bool(((self.law_MH - other.law_MH).abs() <= limit).all())  # NaN is equal to nothing
 
 
+class _Law(NamedTuple):
+    """What is asked of a wrong law's Stages."""
+
+    output_MH: Tensor
+    margin_M: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Laws:
+    """The wrong laws of a problem and layout, each computed once: one fault shows in many cases, many faults in one.
+
+    picks: of the output at hand, which only laws of the router see.
+    """
+
+    computed: dict[tuple[int, str, bytes], _Law | None]
+    picks: bytes
+
+    @classmethod
+    def of(cls, evidence: Evidence, picks_MK: Tensor | None, blocks: Sequence[Tensor]) -> _Laws:
+        layout = evidence.layout
+        rows = tuple(tuple(block.tolist()) for block in blocks)
+        picks = b"" if picks_MK is None else picks_MK.numpy().tobytes()
+        return cls(_computed(evidence.given, layout.grid, layout.owners, rows), picks)
+
+    def law(self, number: int, variant: Variant) -> _Law | None:
+        """None if this layer cannot get that rule wrong.    number: of the variant, among those of `variants`."""
+        key = number, variant.sentence, self.picks if variant.routes else b""
+        if key not in self.computed:
+            try:
+                stages = variant.compute()
+                self.computed[key] = _Law(stages.output_MH, stages.margin_M)
+            except SpecError:
+                self.computed[key] = None
+        return self.computed[key]
+
+
+@functools.lru_cache(maxsize=4)
+def _computed(*of: object) -> dict[tuple[int, str, bytes], _Law | None]:
+    return {}
+
+
 def wrong_law_story(evidence: Evidence, recovered: Recovered | None, *, recent: bool) -> Story | None:
     """The wrong law that explains the output, among those that explained an earlier one, or among the others.
 
@@ -47,7 +91,10 @@ def wrong_law_story(evidence: Evidence, recovered: Recovered | None, *, recent: 
     fits: list[_Fit] = []
     small = _is_small(evidence)
     blocks = tuple(rows_by_set(evidence).values())
-    for variant in variants(evidence.given, picks_MK, evidence.layout.grid.moe_tp, evidence.layout, blocks):
+    laws = _Laws.of(evidence, picks_MK, blocks)
+    for number, variant in enumerate(
+        variants(evidence.given, picks_MK, evidence.layout.grid.moe_tp, evidence.layout, blocks)
+    ):
         if recent and (variant.family, variant.sentence) not in _recent:
             continue
         if variant.family == "P1" and not small:
@@ -55,7 +102,8 @@ def wrong_law_story(evidence: Evidence, recovered: Recovered | None, *, recent: 
         may_be_a_factor = variant.family == "F10"  # a scale that is off in all channels alike is one
         if told_by_router and (recovered is None) is variant.routes and not may_be_a_factor:
             continue  # experts and S are right if the output is a sum of the lawful experts' outputs, else the router may be
-        fit = _explained_by(evidence, variant)
+        law = laws.law(number, variant)
+        fit = None if law is None else _explained_by(evidence, variant, law)
         if fit is not None:
             fits.append(fit)
     if not fits:
@@ -111,13 +159,9 @@ def _but_for_flips(miss_MH: Tensor, unit_M: Tensor, judged_M: Tensor) -> Tensor:
     return miss_MH.masked_fill(flipped_MH, 0.0) if few else miss_MH
 
 
-def _explained_by(evidence: Evidence, variant: Variant) -> _Fit | None:
+def _explained_by(evidence: Evidence, variant: Variant, stages: _Law) -> _Fit | None:
     """How a variant explains the wrong rows of all ranks, near ties aside; None if it does not."""
     given = evidence.given
-    try:
-        stages = variant.compute()
-    except SpecError:
-        return None  # this layer cannot get that rule wrong
     naive_M = evidence.naive_M
     growth_M = (stages.output_MH.norm(dim=-1) / given.stages.output_MH.norm(dim=-1).clamp(min=1e-30)).clamp(min=1.0)
     unit_M = growth_M * (naive_M + naive_M.mean()) / 2

@@ -102,10 +102,15 @@ def _batches(bank: Sequence[Fault], models: Sequence[str], grids: Sequence[Grid]
         raise UsageError(
             f"{told}: none of the {len(bank)} chosen faults has a place there. Leave it out for the grids and models that show them"
         )
-    for cases in texts.values():  # those that share weights and tokens, one after the other
-        cases.sort(key=lambda text: (parse(text.split(" ")[1]).dtype, parse(text.split(" ")[1]).tokens))
+    for cases in texts.values():  # those that share weights and tokens, then those that share a grid, one after the other
+        cases.sort(key=_shared_by)
     batches = [Batch(model, tuple(cases), "harness.faults.verb:planter") for model, cases in texts.items()]
     return sorted(batches, key=lambda batch: -len(batch.cases))
+
+
+def _shared_by(text: str) -> tuple[str, int, str]:
+    case = parse(text.split(" ")[1])
+    return case.dtype, case.tokens, str(case.grid)
 
 
 # ---- in a worker
