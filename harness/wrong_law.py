@@ -62,11 +62,20 @@ class _Laws:
         layout = evidence.layout
         rows = tuple(tuple(block.tolist()) for block in blocks)
         picks = b"" if picks_MK is None else picks_MK.numpy().tobytes()
-        return cls(_computed(evidence.given, layout.grid, layout.owners, rows), picks)
+        return cls(_laws_of(evidence.given, layout.grid, layout.owners, rows), picks)
 
-    def law(self, number: int, variant: Variant) -> _Law | None:
-        """None if this layer cannot get that rule wrong.    number: of the variant, among those of `variants`."""
-        key = number, variant.sentence, self.picks if variant.routes else b""
+    def law(self, number: int, plain: Variant, picked: Variant) -> _Law | None:
+        """None if this layer cannot get that rule wrong.
+
+        number: of the variant, among those of `variants`.    plain, picked: the same, without and with the output's picks,
+        which decide between exact ties alone.
+        """
+        law = self._computed(plain, (number, plain.sentence, b""))
+        if law is None or not picked.routes or not self.picks or bool((law.margin_M > 0).all()):
+            return law
+        return self._computed(picked, (number, picked.sentence, self.picks))
+
+    def _computed(self, variant: Variant, key: tuple[int, str, bytes]) -> _Law | None:
         if key not in self.computed:
             try:
                 stages = variant.compute()
@@ -77,7 +86,7 @@ class _Laws:
 
 
 @functools.lru_cache(maxsize=4)
-def _computed(*of: object) -> dict[tuple[int, str, bytes], _Law | None]:
+def _laws_of(*of: object) -> dict[tuple[int, str, bytes], _Law | None]:
     return {}
 
 
@@ -92,9 +101,9 @@ def wrong_law_story(evidence: Evidence, recovered: Recovered | None, *, recent: 
     small = _is_small(evidence)
     blocks = tuple(rows_by_set(evidence).values())
     laws = _Laws.of(evidence, picks_MK, blocks)
-    for number, variant in enumerate(
-        variants(evidence.given, picks_MK, evidence.layout.grid.moe_tp, evidence.layout, blocks)
-    ):
+    given, layout = evidence.given, evidence.layout
+    of_any, of_picks = (variants(given, picks, layout.grid.moe_tp, layout, blocks) for picks in (None, picks_MK))
+    for number, (plain, variant) in enumerate(zip(of_any, of_picks, strict=True)):
         if recent and (variant.family, variant.sentence) not in _recent:
             continue
         if variant.family == "P1" and not small:
@@ -102,7 +111,7 @@ def wrong_law_story(evidence: Evidence, recovered: Recovered | None, *, recent: 
         may_be_a_factor = variant.family == "F10"  # a scale that is off in all channels alike is one
         if told_by_router and (recovered is None) is variant.routes and not may_be_a_factor:
             continue  # experts and S are right if the output is a sum of the lawful experts' outputs, else the router may be
-        law = laws.law(number, variant)
+        law = laws.law(number, plain, variant)
         fit = None if law is None else _explained_by(evidence, variant, law)
         if fit is not None:
             fits.append(fit)
