@@ -135,12 +135,17 @@ def _kinds(evidence: Evidence, beyond_RMH: Tensor) -> dict[tuple[str, str], _Off
     """By part and factor."""
     given, kinds = evidence.given, dict[tuple[str, str], _Off]()
     lawful, names = law(given), symbol_values(given.spec.scale, evidence.layout.sizes)
+    symbol_of = functools.cache(lambda value: fit_symbol(value, 0.0, names, given.dtype))
+    outputs, law_MH = [output.tolist() for output in evidence.outputs], given.stages.output_MH.tolist()
+    off_H: dict[int, list[tuple[int, int]]] = {}
+    for rank, token, column in beyond_RMH.nonzero().tolist():
+        off_H.setdefault(column, []).append((rank, token))
     for block, expert, row, column in _columns(_labels(evidence)):
         wanted = lawful.get(block.part, "1")
-        for rank, token in beyond_RMH[:, :, column].nonzero().tolist():
-            found, right = float(evidence.outputs[rank][token, column]), float(given.stages.output_MH[token, column])
+        for rank, token in off_H.get(column, ()):
+            found, right = outputs[rank][token][column], law_MH[token][column]
             factor = 0.0 if right == 0 else found / right * (given.spec.scale if wanted == "s" else 1.0)
-            symbol = "" if right == 0 else fit_symbol(factor, 0.0, names, given.dtype)
+            symbol = "" if right == 0 else symbol_of(factor)
             symbol = f"{factor:.5g}" if symbol == wanted else symbol
             off = kinds.setdefault((_who(block), symbol), _Off(block, {symbol: factor}))
             off.experts.add(expert)

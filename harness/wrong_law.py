@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from harness.algebra import RESIDUAL_LIMIT, Evidence
+from harness.problem import Problem
 from harness.recover import Recovered, Story, recoverable, rows_by_set
 from harness.variants import Variant, variants
 from reference.spec import SpecError
@@ -100,7 +101,7 @@ def wrong_law_story(evidence: Evidence, recovered: Recovered | None, *, recent: 
     fits: list[_Fit] = []
     small = _is_small(evidence)
     blocks = tuple(rows_by_set(evidence).values())
-    laws = _Laws.of(evidence, picks_MK, blocks)
+    laws, asked = _Laws.of(evidence, picks_MK, blocks), _Asked.of(evidence)
     given, layout = evidence.given, evidence.layout
     of_any, of_picks = (variants(given, picks, layout.grid.moe_tp, layout, blocks) for picks in (None, picks_MK))
     for number, (plain, variant) in enumerate(zip(of_any, of_picks, strict=True)):
@@ -112,7 +113,7 @@ def wrong_law_story(evidence: Evidence, recovered: Recovered | None, *, recent: 
         if told_by_router and (recovered is None) is variant.routes and not may_be_a_factor:
             continue  # experts and S are right if the output is a sum of the lawful experts' outputs, else the router may be
         law = laws.law(number, plain, variant)
-        fit = None if law is None else _explained_by(evidence, variant, law)
+        fit = None if law is None else _explained_by(given, asked, variant, law)
         if fit is not None:
             fits.append(fit)
     if not fits:
@@ -168,25 +169,44 @@ def _but_for_flips(miss_MH: Tensor, unit_M: Tensor, judged_M: Tensor) -> Tensor:
     return miss_MH.masked_fill(flipped_MH, 0.0) if few else miss_MH
 
 
-def _explained_by(evidence: Evidence, variant: Variant, stages: _Law) -> _Fit | None:
+class _Asked(NamedTuple):
+    """What every law is asked of an output, made once. size_M: of the law's rows.    error_M: of naive runs.
+
+    ranks: with wrong rows, each with its output, its rows and those of them that are wrong.
+    """
+
+    size_M: Tensor
+    error_M: Tensor
+    decided_M: Tensor
+    ranks: tuple[tuple[int, Tensor, Tensor, Tensor], ...]
+
+    @classmethod
+    def of(cls, evidence: Evidence) -> _Asked:
+        naive_M = evidence.naive_M
+        ranks = tuple(
+            (rank, output, evidence.held_RM[rank], evidence.wrong_RM[rank])
+            for rank, output in enumerate(evidence.outputs)
+            if bool(evidence.wrong_RM[rank].any())
+        )
+        size_M = evidence.given.stages.output_MH.norm(dim=-1).clamp(min=1e-30)
+        return cls(size_M, (naive_M + naive_M.mean()) / 2, evidence.decided_M, ranks)
+
+
+def _explained_by(given: Problem, asked: _Asked, variant: Variant, law: _Law) -> _Fit | None:
     """How a variant explains the wrong rows of all ranks, near ties aside; None if it does not."""
-    given = evidence.given
-    naive_M = evidence.naive_M
-    growth_M = (stages.output_MH.norm(dim=-1) / given.stages.output_MH.norm(dim=-1).clamp(min=1e-30)).clamp(min=1.0)
-    unit_M = growth_M * (naive_M + naive_M.mean()) / 2
-    decided_M, told_M = evidence.decided_M, ~stages.output_MH.isnan().any(-1)  # NaN: the law does not say
+    unit_M = (law.output_MH.norm(dim=-1) / asked.size_M).clamp(min=1.0) * asked.error_M
+    told_M = ~law.output_MH.isnan().any(-1)  # NaN: the law does not say
+    decided_M = asked.decided_M
     if variant.routes:
-        decided_M = torch.minimum(stages.margin_M, given.stages.margin_M) > _TIE[given.dtype]
+        decided_M = torch.minimum(law.margin_M, given.stages.margin_M) > _TIE[given.dtype]
     decided_M = decided_M & told_M
     ranks, left, lawful = [], [], []
-    for rank, output in enumerate(evidence.outputs):
-        if not bool(evidence.wrong_RM[rank].any()):
-            continue
-        wrong_M = evidence.wrong_RM[rank] & told_M
+    for rank, output, held_M, wrong_M in asked.ranks:
+        wrong_M = wrong_M & told_M
         if not bool(wrong_M.any()):
             return None
-        judged_M = decided_M & evidence.held_RM[rank] if bool((wrong_M & decided_M).any()) else wrong_M
-        miss_MH = output - stages.output_MH
+        judged_M = decided_M & held_M if bool((wrong_M & decided_M).any()) else wrong_M
+        miss_MH = output - law.output_MH
         if variant.family == "P1":
             miss_MH = _but_for_flips(miss_MH, unit_M, judged_M)
         left_M = miss_MH.norm(dim=-1) / unit_M
@@ -200,4 +220,4 @@ def _explained_by(evidence: Evidence, variant: Variant, stages: _Law) -> _Fit | 
     left_over, law_over = (float(torch.cat(rows).square().mean().sqrt()) for rows in (left, lawful))
     if left_over > _LEFT or _BETTER * left_over > law_over:
         return None
-    return _Fit(variant, left_over, tuple(ranks), stages.output_MH)
+    return _Fit(variant, left_over, tuple(ranks), law.output_MH)
