@@ -102,7 +102,7 @@ def _batches(bank: Sequence[Fault], models: Sequence[str], grids: Sequence[Grid]
         raise UsageError(
             f"{told}: none of the {len(bank)} chosen faults has a place there. Leave it out for the grids and models that show them"
         )
-    for cases in texts.values():  # those that share weights and tokens, then those that share a grid, one after the other
+    for cases in texts.values():  # those that share weights and tokens, then those that share a grid, go together
         cases.sort(key=_shared_by)
     batches = [Batch(model, tuple(cases), "harness.faults.verb:planter") for model, cases in texts.items()]
     return sorted(batches, key=lambda batch: -len(batch.cases))
