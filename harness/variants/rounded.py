@@ -104,13 +104,13 @@ def experts(given: Problem, layout: Layout | None) -> Iterator[Variant]:
                 )
 
 
-def _to(dtype: torch.dtype, *, now: bool) -> Callable[[Tensor], Tensor]:
-    return (lambda t: t.float().to(dtype).double()) if now else (lambda t: t)
+def _to(dtype: torch.dtype, *, rounds: bool) -> Callable[[Tensor], Tensor]:
+    return (lambda t: t.float().to(dtype).double()) if rounds else (lambda t: t)
 
 
 def _by_product(given: Problem, dtype: torch.dtype, x: bool, w: bool) -> Stages:
-    weights = given.exact | {"router_weight": _to(dtype, now=w)(given.exact["router_weight"])}
-    x_MH, rule = _to(dtype, now=x)(given.tokens.hidden_states.double()), given.spec.routing
+    weights = given.exact | {"router_weight": _to(dtype, rounds=w)(given.exact["router_weight"])}
+    x_MH, rule = _to(dtype, rounds=x)(given.tokens.hidden_states.double()), given.spec.routing
     choice = ties_as_picked(given, rule, None, router_logits(x_MH, weights, rule))
     return run(given, choice=choice)
 
@@ -147,7 +147,7 @@ def _routed(given: Problem, layout: Layout | None, dtype: torch.dtype, at: _Plac
     """R, token by expert; what is given out, times factor, is rounded once for each rank that has a share of it."""
     spec, weights, stages = given.spec, given.exact, given.stages
     rule, x_ML = spec.experts, given.tokens.hidden_states.double()
-    in_w13, in_w2, out = (_to(dtype, now=now) for now in (at.w13, at.w2, at.out))
+    in_w13, in_w2, out = (_to(dtype, rounds=rounds) for rounds in (at.w13, at.w2, at.out))
     on_input, interleaved = spec.routing.weight_on == "input", rule.layout == "interleaved"
     if rule.latent_size is not None:
         x_ML = x_ML @ weights["fc1_latent"].T
@@ -160,9 +160,9 @@ def _routed(given: Problem, layout: Layout | None, dtype: torch.dtype, at: _Plac
         rows, slot = (stages.topk_ids_MK == e).nonzero(as_tuple=True)
         w = stages.topk_weights_MK[rows, slot, None]
         w13, w2 = (weights[name][e].T if rule.transposed else weights[name][e] for name in ("w13", "w2"))
-        h = _to(dtype, now=at.x)(x_ML[rows] * w if on_input else x_ML[rows]) @ in_w13(w13).T
+        h = _to(dtype, rounds=at.x)(x_ML[rows] * w if on_input else x_ML[rows]) @ in_w13(w13).T
         h = h + weights["b13"][e] if rule.bias else h
-        a = _to(dtype, now=at.h)(activate(*halves_of(h, rule.activation, interleaved=interleaved), rule.activation))
+        a = _to(dtype, rounds=at.h)(activate(*halves_of(h, rule.activation, interleaved=interleaved), rule.activation))
         for piece in range(tp):
             cut = slice(piece * share, (piece + 1) * share)
             y = a[:, cut] @ in_w2(w2)[:, cut].T
@@ -178,10 +178,10 @@ def _routed(given: Problem, layout: Layout | None, dtype: torch.dtype, at: _Plac
 def _shared(given: Problem, layout: Layout | None, dtype: torch.dtype, at: _Places) -> Stages:
     spec, weights, x_MH = given.spec.shared, given.exact, given.tokens.hidden_states.double()
     assert spec is not None
-    in_w13, in_w2, out = (_to(dtype, now=now) for now in (at.w13, at.w2, at.out))
-    h = _to(dtype, now=at.x)(x_MH) @ in_w13(weights["shared_w13"]).T
+    in_w13, in_w2, out = (_to(dtype, rounds=rounds) for rounds in (at.w13, at.w2, at.out))
+    h = _to(dtype, rounds=at.x)(x_MH) @ in_w13(weights["shared_w13"]).T
     h = h + weights["shared_b13"] if spec.bias else h
-    a = _to(dtype, now=at.h)(activate(*halves_of(h, spec.activation, interleaved=False), spec.activation))
+    a = _to(dtype, rounds=at.h)(activate(*halves_of(h, spec.activation, interleaved=False), spec.activation))
     tp = layout.grid.shared_tp if layout is not None and at.out else 1
     gate_M1 = torch.sigmoid(x_MH @ weights["shared_gate"].T) if spec.sigmoid_gate else 1.0
     shares, width = [], spec.intermediate_size // tp
