@@ -114,9 +114,7 @@ def routing_story(evidence: Evidence, recovered: Recovered) -> Story | None:
         told = story(law_ME[rows], found_ME, near_M1)
         if told is not None:
             return told
-    told = _same_slot(law_ME[rows], found_ME, near_M1, stages.topk_ids_MK[rows]) or _lost(
-        law_ME[rows], found_ME, near_M1, stages.topk_ids_MK[rows], evidence.layout
-    )
+    told = _lost(law_ME[rows], found_ME, near_M1, stages.topk_ids_MK[rows], evidence.layout)
     if told is not None:
         return told
     ordered_MK = recovered.weights_ME.gather(1, stages.topk_ids_MK)
@@ -174,20 +172,6 @@ def _renamed(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor) -> Story | None:
     else:
         told = ", ".join(f"expert {f} computes for expert {e}" for e, f in wrong.items())
     return Story("F7", "topk_ids", f"the right weights go to wrong experts: {told}")
-
-
-def _same_slot(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor, ids_MK: Tensor) -> Story | None:
-    """One slot of every token names the expert of another slot, which then counts with both weights."""
-    slots = ids_MK.shape[1]
-    weights_MK = law_ME.gather(1, ids_MK)
-    for lost, kept in itertools.permutations(range(slots), 2):
-        moved_MK = weights_MK.clone()
-        moved_MK[:, kept] += moved_MK[:, lost]
-        moved_MK[:, lost] = 0.0
-        if bool(((law_ME.scatter(1, ids_MK, moved_MK) - found_ME).abs() <= near_M1).all()):
-            told = f"slot {lost} of each token, best first, names the expert of slot {kept}, which counts with both weights"
-            return Story("D15", "topk_ids", told)
-    return None
 
 
 def _mapped(law_ME: Tensor, found_ME: Tensor, near_M1: Tensor) -> Story | None:

@@ -13,10 +13,11 @@ from harness.case import parse
 from harness.check import check
 from harness.comm import Communicator
 from harness.faults.fault import Fault, FaultyRunner
-from harness.faults.plant import answering, experts, logits, rerouted, routing, sharing
+from harness.faults.plant import answering, experts, logits, put, rerouted, routing, sharing
 from harness.faults.reduce import reducing, scattering
 from harness.faults.rules import tensors
 from harness.finding import Finding, Verdict
+from harness.runner.layer import FusedMoE
 from harness.runner.router import FusedMoERouter
 from reference.spec import MoESpec
 
@@ -72,6 +73,34 @@ def again(slot: int, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return weights, ids.index_copy(1, torch.tensor([slot]), ids[:, :1])
 
 
+def louder_gate(t: Tensor) -> Tensor:
+    half = len(t) // 2
+    return torch.cat([t[:half] * 1.03, t[half:]])
+
+
+def reading(change: Callable[[Tensor], Tensor]) -> dict[str, object]:
+    """What the gate reads, changed."""
+
+    def plant(layer: FusedMoE, comm: Communicator) -> None:
+        right = layer.gate
+        put(layer, "gate", lambda x_MH: right(change(x_MH)))
+
+    return {"layer": plant}
+
+
+def on_inputs() -> dict[str, object]:
+    """Each slot's weight multiplies what its expert reads."""
+
+    def slots(inner, right):
+        def apply(x, w, ids):
+            one = torch.ones_like(w[:, :1])
+            return sum(right(x * w[:, k, None], one, ids[:, k, None]) for k in range(w.shape[1]))
+
+        return apply
+
+    return {"layer": experts(slots)}
+
+
 # What is done, the case, the words, the family.
 NAMED = {
     "w13 as its transpose": ("olmoe@tp2.tokens33", stored(transposed, "w13"), "w13 are taken for those of the transpose", "F2"),
@@ -81,6 +110,12 @@ NAMED = {
     "one expert's halves": ("mixtral@tokens33", expert(3, swapped, "w13"), "gate and up are exchanged in the routed experts, in expert 3 alone", "F1"),
     "one expert counts nothing": ("gpt_oss@tp4.ep4.tokens33", expert(15, lambda t: 0 * t, "w2"), "the w2 of expert 15 counts 0", "F7"),
     "experts in the order of their names": ("deepseek_v3@tp2.tokens33", {"weights": by_strings}, "expert 10 computes for expert 2", "F7"),
+    "the router's tokens in bf16": ("deepseek_v3@tp2.tokens33", reading(lambda x: x.bfloat16().to(x.dtype)), "the router reads bf16 tokens", "D9"),
+    "the router's matrix in fp16": ("qwen3_next@tp2", stored(lambda t: t.half().to(t.dtype), "router_weight"), "the router reads its matrix in fp16", "D9"),
+    "router weights in fp16": ("qwen3_next@tp2", {"layer": rerouted(lambda w, i: (w.half().float(), i))}, "the router weights are rounded to fp16", "D9"),
+    "weights with s squared": ("deepseek_v3@tp2+scale=router", {"layer": rerouted(lambda w, i: (w * w, i))}, "the router weight, with s in it, is applied twice", "D10"),
+    "weights with s on the input": ("deepseek_v3@tp2+scale=router", on_inputs(), "the router weight, with s in it, multiplies the expert's input", "D10"),
+    "one expert 3 % too large": ("deepseek_v3@tp2.fp16.tokens33", expert(8, lambda t: t * 1.03, "w2"), "expert 8 counted 2.51", "F7"),
     "another token's row": ("olmoe@tp2.tokens33", rows(lambda x, n: x.roll(-1, 0)), "compute the rows of other tokens: each token gets what its experts make of the one after it", "H2"),
     "rows beyond the 20th": ("mixtral@tokens33", rows(lambda x, n: torch.cat([x[:20], x[:1].expand(max(n - 20, 0), -1)])), "every token gets what its experts make of token 0", "H2"),
     "columns of R": ("deepseek_v3@tp2.tokens33", stored(lambda t: t.roll(1, 1), "w2"), "columns of R stand in the wrong places", "H4"),
@@ -111,6 +146,7 @@ NAMELESS = {
     "the largest of the ranks": ("mixtral@tp4", sum_of(lambda p, c: gathered(p, c).amax(0)), "unknown"),
     "one choice, one expert gone": ("llama4@tp2.ep4.dp2.tokens33", expert(15, lambda t: 0 * t, "w2"), "exactly the tokens that visit expert 15"),
     "another temperature": ("phimoe@tp2.ep4.dp2.tokens34", {"layer": logits(lambda each: each / 2)}, "another normalisation"),
+    "one gate 3 % too large": ("deepseek_v3@tp2.fp16.tokens33", expert(8, louder_gate, "w13"), ""),
     "y cut at a half": ("deepseek_v3@tp2", {"layer": answering(lambda y, x, layer, comm: y.clamp(-0.5, 0.5))}, "unknown"),
 }  # fmt: skip
 
