@@ -170,8 +170,9 @@ def _probes(findings: Iterable[Finding], console: Console) -> None:
     count, exact = (sum(int(probe[name]) for probe in read) for name in ("coefficients", "exact"))
     worst = max((float(probe["worst_u"]) for probe in read), default=0.0)
     wrong = sum(probe["verdict"] == "wrong" for probe in probes.values())
-    told = f"labelled probes: {len(probes)}, {count} coefficients right, {exact} of them exactly, the others within {worst:.3g} u"
-    told += f"; {wrong} probes read wrong ones" if wrong else ""
+    told = f"labelled probes: {len(probes)}"
+    told += f", {count} coefficients right, {exact} of them exactly, the others within {worst:.3g} u" if count else ""
+    told += f"; {wrong} read wrong ones" if wrong else ""
     console.print(told, style="dim", highlight=False, soft_wrap=True)
     unread = Counter(
         f"{system}: {probe['told']}" for (system, _), probe in probes.items() if probe["verdict"] == "not-run"
